@@ -1,0 +1,84 @@
+"""What hf_compress must know about an architecture: where its blocks are and which module does what. One file a family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from hf_compress.errors import CompressError
+from hf_compress.registry import Registry
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Routed experts of a mixture-of-experts block; names are relative to the block (``mlp.experts``).
+
+    In memory transformers 5 stacks them: `gate_up` (experts, 2 * width, hidden) and `down` (experts, hidden, width).
+    On disk each expert has its own `gate_proj`, `up_proj`, `down_proj`.
+    """
+
+    module: str = "mlp.experts"
+    gate_up: str = "gate_up_proj"
+    down: str = "down_proj"
+    router: tuple[str, ...] = ("mlp.gate",)
+    shared: str = ""  # the shared experts' MLP, or "" where there is none
+    count: str = "num_experts"  # config fields
+    width: str = "moe_intermediate_size"
+    active: str = "num_experts_per_tok"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. Module names are relative to a block; config fields are names on the model's config.
+
+    Args:
+        name: what ``hf-compress list families`` prints.
+        model_types: the `config.model_type` values it serves.
+        blocks: the block list, relative to `model.base_model`.
+        attention: groups of matrices in the order data flows; the members of one group read the same input.
+        up, down: the FFN's first matrices (their outputs are the FFN channels) and its last one.
+        width: config field holding the number of FFN channels.
+        num_layers: config field holding the number of blocks.
+        per_layer_fields: config fields that are lists with one entry a block.
+        experts: routed experts, or None.
+        refused: why no work is done on this architecture yet ("" = supported).
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str = "layers"
+    attention: tuple[tuple[str, ...], ...] = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    width: str = "intermediate_size"
+    num_layers: str = "num_hidden_layers"
+    per_layer_fields: tuple[str, ...] = ("layer_types",)
+    experts: Experts | None = None
+    refused: str = ""
+
+
+families: Registry[Family] = Registry("family", __name__)
+
+
+def add_family(family: Family, *, summary: str, paper: str = "") -> None:
+    """Register `family` under its name; the one line a family file ends with."""
+    families.register(family.name, summary=summary, paper=paper)(family)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model's config.
+
+    Raises:
+        CompressError: the architecture is unknown, or known and refused (says why).
+    """
+    for entry in families:
+        if config.model_type in entry.value.model_types:
+            if entry.value.refused:
+                raise CompressError(f"{entry.name} models are not supported: {entry.value.refused}",
+                                    where=f"model_type {config.model_type!r}",
+                                    next_step="see `hf-compress list families` for what is")
+            return entry.value
+    known = sorted(t for entry in families if not entry.value.refused for t in entry.value.model_types)
+    raise CompressError(f"no family describes model_type {config.model_type!r}", where="config.json",
+                        next_step="add one file to hf_compress/families (see CONTRIBUTING.md); known: " + ", ".join(known))

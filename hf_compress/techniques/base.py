@@ -1,0 +1,69 @@
+"""The life of a technique inside one training run. `CompressionTrainer` calls these methods; nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from hf_compress.trainer import CompressionTrainer
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch, as a loss term sees it.
+
+    model: the student, unwrapped. inputs: what its forward was given. outputs: what it returned (with everything `request` asked for).
+    labels: (batch, positions) already shifted for causal models, -100 where nothing is predicted; (batch,) for classifiers.
+    num_items: how many label positions (or examples) the whole accumulated batch holds, on all ranks that share the average:
+        a per-position term is its sum over this micro-batch divided by `num_items`.
+    """
+
+    model: nn.Module
+    inputs: Mapping[str, Any]
+    outputs: Any
+    labels: Tensor
+    num_items: Tensor | int
+
+
+class Technique(TrainerCallback):
+    """Base of `Distillation`, `Pruning`, `QAT`: a dataclass (``eq=False``) whose fields are the recipe's keys.
+
+    The order of calls: `attach`, `prepare`, then every step `request` and `loss_terms` and the callback events of transformers, `finalize`.
+    """
+
+    def attach(self, model: nn.Module) -> None:
+        """Before the optimizer exists: make masks, hooks and projections. Raise here whatever would fail later."""
+
+    def prepare(self, trainer: CompressionTrainer) -> None:
+        """After Trainer.__init__ and before the first step: prepare the teacher through the trainer's accelerator."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters of its own that train with the model (projections, learned scales), as a group of their own."""
+        return []
+
+    def request(self) -> dict[str, Any]:
+        """Keyword arguments the student's forward needs for this technique (``output_hidden_states=True``)."""
+        return {}
+
+    def loss_terms(self, step: Step) -> dict[str, Tensor]:
+        """Name -> weighted term (a scalar), added to the loss and logged under its name."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors a resumed run needs (masks bit-packed, projections, scales); saved beside the checkpoint's weights."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`; raise a CompressError when it does not fit the model."""
+
+    def finalize(self, model: nn.Module) -> None:
+        """Once, at the normal end of train(): bake masks, drop hooks and projections. The model stays usable."""
+
+    def facts(self) -> dict[str, Any]:
+        """What happened, for the card: JSON values only."""
+        return {}

@@ -1,0 +1,145 @@
+"""Every weight matrix of a model, one at a time, as (out, in): the only way the rest of the library walks a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.errors import CompressError
+from hf_compress.families import Family, family_of
+
+COMPRESSIBLE = ("attention", "ffn", "expert", "shared_expert")
+KINDS = (*COMPRESSIBLE, "router", "embedding", "head", "other")
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A view of one weight matrix of a live model.
+
+    Args:
+        name: unique: the parameter's state_dict key, plus ``.{expert}`` for one expert of a stacked parameter.
+        parameter: the state_dict key of the whole parameter.
+        module, attribute: where the parameter lives: ``getattr(module, attribute)``.
+        module_name: the module's qualified name.
+        kind: one of `KINDS`; `COMPRESSIBLE` are the matrices of the blocks, the rest is kept by design.
+        block: index of its block, None outside the blocks.
+        expert: index in a stacked (experts, out, in) parameter, else None.
+        transposed: stored (in, out), as GPT-2's Conv1D.
+    """
+
+    name: str
+    parameter: str
+    module: nn.Module
+    attribute: str
+    module_name: str
+    kind: str
+    block: int | None = None
+    expert: int | None = None
+    transposed: bool = False
+
+    @property
+    def whole(self) -> Tensor:
+        """The parameter as registered, even while a shadow stands in for it in the module's ``__dict__``."""
+        parameter = self.module._parameters[self.attribute]
+        assert parameter is not None
+        return parameter
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This weight's part of a tensor shaped like the whole parameter (a gradient, a mask), as a (out, in) view."""
+        part = tensor if self.expert is None else tensor[self.expert]
+        return part.T if self.transposed else part
+
+    @property
+    def matrix(self) -> Tensor:
+        """(out, in) view of the live values; writing to it in place (under no_grad) changes the model.
+
+        Raises:
+            CompressError: the values are packed by a quantizer.
+        """
+        if not self.whole.is_floating_point():
+            raise CompressError("this weight is packed by a quantizer and has no matrix to change", where=self.name,
+                                next_step="prune, shrink and QAT come before `quantize` in a recipe")
+        return self.of(self.whole.data)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        out, width = self.of(self.whole).shape
+        return int(out), int(width)
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.whole.element_size()
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers (DDP's ``module``, peft's ``get_base_model``)."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The list of transformer blocks, in order."""
+    base = base_of(model)
+    blocks = base.base_model.get_submodule(family_of(base.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def weights(model: nn.Module, kinds: Iterable[str] = COMPRESSIBLE) -> list[Weight]:
+    """Every parameter with two or more dimensions whose kind is in `kinds`, in the order of the model.
+
+    Stacked experts give one `Weight` an expert; a tied matrix is given once, as the embedding; LoRA's own matrices are not
+    weights of the model. Names are those of the plain model even inside peft. Works on the meta device.
+
+    Raises:
+        CompressError: no family describes the architecture, or the family is refused.
+    """
+    base, wanted = base_of(model), frozenset(kinds)
+    family = family_of(base.config)
+    prefix = next(name for name, module in base.named_modules() if module is blocks_of(base)) + "."
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    found: list[Weight] = []
+    seen: set[int] = set()
+    for raw_name, module in base.named_modules():
+        if "lora_" in raw_name:
+            continue
+        module_name = raw_name.replace(".base_layer", "")
+        block: int | None = None
+        local = ""
+        if module_name.startswith(prefix):
+            index, _, local = module_name[len(prefix):].partition(".")
+            block = int(index)
+        for attribute, parameter in module._parameters.items():
+            if parameter is None or parameter.dim() < 2 or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            kind = ("embedding" if isinstance(module, nn.Embedding) or module is embedding
+                    else "head" if block is None or module is head else _kind_in_block(family, local))
+            if kind not in wanted:
+                continue
+            key = f"{module_name}.{attribute}"
+            one = Weight(key, key, module, attribute, module_name, kind, block, None, isinstance(module, Conv1D))
+            if parameter.dim() == 3 and kind == "expert":
+                found += [Weight(f"{key}.{e}", key, module, attribute, module_name, kind, block, e) for e in range(len(parameter))]
+            else:
+                found.append(one)
+    return found
+
+
+def _kind_in_block(family: Family, local: str) -> str:
+    experts = family.experts
+    if experts is not None:
+        if local == experts.module or local.startswith(experts.module + "."):
+            return "expert"
+        if local in experts.router:
+            return "router"
+        if experts.shared and local.startswith(experts.shared + "."):
+            return "shared_expert"
+    if any(local in group for group in family.attention):
+        return "attention"
+    return "ffn" if local in (*family.up, family.down) else "other"
