@@ -1,0 +1,84 @@
+"""What every stage is given (`Work`) and gives back (`Done`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.calibration import calibration_batches
+from hf_compress.coverage import Coverage
+from hf_compress.data import Data, Prepared, prepare
+from hf_compress.errors import CompressError
+from hf_compress.source import ModelSource, load_model
+
+
+@dataclass
+class Work:
+    """The model as the previous stage left it, and what a stage may need around it.
+
+    source: where the model is read from when it is not in memory yet. folder: scratch space of this stage, kept when it is interrupted.
+    stages: name of each finished stage (and ``dense``) -> its checkpoint, what `teacher_model` may name.
+    task: ``causal-lm`` or ``text-classification``. quantized: backend that packed the weights, "" while they are floating.
+    """
+
+    source: ModelSource
+    task: str
+    tokenizer: PreTrainedTokenizerBase | None
+    data: Data | None
+    folder: Path
+    stages: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    quantized: str = ""
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """Loaded at the first use, so a stage that streams from disk never holds the whole model."""
+        return load_model(self.source, seed=self.seed)[0]
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Train, evaluation and calibration sets, tokenized once."""
+        if self.data is None or self.tokenizer is None:
+            raise CompressError("this stage needs data and a tokenizer", where="recipe: data",
+                                next_step="add a `data:` section (and `model.tokenizer`) to the recipe")
+        return prepare(self.data, self.tokenizer, task=self.task)
+
+    @cached_property
+    def calibration(self) -> list[dict[str, Tensor]]:
+        """Seeded batches of training text for statistics."""
+        assert self.data is not None or self.prepared
+        prepared = self.prepared
+        assert self.data is not None
+        return calibration_batches(prepared.calibration, prepared.collator, samples=self.data.calibration_samples, batch_size=8,
+                                   seed=self.seed, vocab_size=self.model.config.vocab_size)
+
+
+@dataclass
+class Done:
+    """What a stage gives back.
+
+    model: the model as it is now, or None when it was only written to disk. saved: a checkpoint folder the stage wrote itself
+    (a container), else the pipeline saves `model`. extras: folders to lie beside the final checkpoint (``onnx``).
+    """
+
+    model: PreTrainedModel | None
+    facts: dict[str, Any] = field(default_factory=dict)
+    coverage: Coverage | None = None
+    saved: Path | None = None
+    extras: dict[str, Path] = field(default_factory=dict)
+    quantized: str = ""
+
+
+class Stage:
+    """Base of the stage dataclasses; their fields are the recipe's keys."""
+
+    def check(self, work_kinds: list[str], *, where: str) -> None:
+        """Raise a CompressError for what cannot work, from the recipe alone. `work_kinds`: the kinds of the stages before."""
+
+    def run(self, work: Work) -> Done:
+        raise NotImplementedError

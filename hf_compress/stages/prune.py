@@ -1,0 +1,47 @@
+"""Set weights to zero in one shot, block by block, from calibration statistics. Makes no file smaller and no stock runtime faster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_compress.coverage import coverage
+from hf_compress.criteria import criteria
+from hf_compress.errors import CompressError
+from hf_compress.oneshot import prune_blocks, prune_checkpoint
+from hf_compress.patterns import parse_pattern
+from hf_compress.stages.base import Done, Stage, Work
+
+
+@dataclass
+class Prune(Stage):
+    """``prune: {criterion: wanda, sparsity: 0.5, pattern: "2:4"}``"""
+
+    sparsity: float = field(default=0.5, metadata={"help": "share of each weight matrix set to zero"})
+    criterion: str = field(default="wanda", metadata={"help": "importance of a weight: see `hf-compress list criteria`"})
+    pattern: str = field(default="unstructured", metadata={"help": "unstructured, or N:M along the inputs (2:4)"})
+    streaming: bool = field(default=False, metadata={"help": "read and write block by block; for models larger than memory"})
+    min_coverage: float = field(default=0.99, metadata={"help": "fail when less of the weights is touched"})
+
+    def check(self, work_kinds: list[str], *, where: str) -> None:
+        try:
+            criteria.entry(self.criterion)
+            parse_pattern(self.pattern)
+        except CompressError as error:
+            raise CompressError(error.what, where=f"{where}: {error.where}".rstrip(": "), next_step=error.next_step) from error
+        if not 0 < self.sparsity < 1:
+            raise CompressError(f"sparsity {self.sparsity} is not between 0 and 1", where=f"{where}.sparsity")
+        if "quantize" in work_kinds:
+            raise CompressError("packed weights cannot be pruned", where=where, next_step="put prune before quantize")
+
+    def run(self, work: Work) -> Done:
+        resume = work.folder / "blocks"
+        if self.streaming:
+            saved = work.folder / "pruned"
+            report = prune_checkpoint(work.source, saved, work.calibration, criterion=self.criterion, sparsity=self.sparsity,
+                                      pattern=self.pattern)
+            return Done(None, report.facts(), report.coverage, saved)
+        report = prune_blocks(work.model, work.calibration, criterion=self.criterion, sparsity=self.sparsity, pattern=self.pattern,
+                              resume_dir=resume)
+        touched = coverage(work.model, report.touched)
+        touched.require(self.min_coverage, where="prune")
+        return Done(work.model, report.facts(), touched)
