@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import ConfigDict
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -18,7 +19,7 @@ class Step:
     """One micro-batch, as a loss term sees it.
 
     model: the student, unwrapped. inputs: what its forward was given. outputs: what it returned (with everything `request` asked for).
-    labels: (batch, positions) already shifted for causal models, -100 where nothing is predicted; (batch,) for classifiers.
+    labels: (batch, positions) shifted so that labels[:, t] is what logits[:, t] predicts, -100 where nothing is; (batch,) for classifiers.
     num_items: how many label positions (or examples) the whole accumulated batch holds, on all ranks that share the average:
         a per-position term is its sum over this micro-batch divided by `num_items`.
     """
@@ -35,6 +36,8 @@ class Technique(TrainerCallback):
 
     The order of calls: `attach`, `prepare`, then every step `request` and `loss_terms` and the callback events of transformers, `finalize`.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     def attach(self, model: nn.Module) -> None:
         """Before the optimizer exists: make masks, hooks and projections. Raise here whatever would fail later."""
@@ -60,6 +63,10 @@ class Technique(TrainerCallback):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state`; raise a CompressError when it does not fit the model."""
+
+    def settled(self, step: int, max_steps: int) -> bool:
+        """False while a schedule is still changing the model, so that no unfinished model is picked as the best."""
+        return True
 
     def finalize(self, model: nn.Module) -> None:
         """Once, at the normal end of train(): bake masks, drop hooks and projections. The model stays usable."""

@@ -1,0 +1,228 @@
+"""transformers' Trainer with techniques: each adds its terms to the loss and lives through attach, prepare, step, save, resume, finalize."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_compress.errors import CompressError
+from hf_compress.techniques.base import Step, Technique
+from hf_compress.techniques.distillation import Distillation
+from hf_compress.techniques.pruning import Pruning
+from hf_compress.techniques.qat import QAT
+from hf_compress.weights import base_of
+
+STATE_FILE = "compression_state.safetensors"
+
+
+class CompressionTrainer(Trainer):
+    """``CompressionTrainer(model, techniques=[Distillation("org/teacher"), Pruning(sparsity=0.5)], args=TrainingArguments("out"), ...)``.
+
+    loss = task_weight * task + the sum of the techniques' terms, each a sum over label positions (examples, for a classifier) divided by their
+    number in the whole accumulated batch on all ranks: n micro-batches of 1 train as 1 of n does. `eval_loss` is the task loss alone.
+
+    Args:
+        techniques: in any order; the order changes nothing.
+        task_weight: 0 trains on the techniques' terms alone.
+        others: as `transformers.Trainer`.
+
+    Raises:
+        CompressError: DeepSpeed, FSDP or label smoothing are asked for; whatever a technique finds wrong before training.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: nn.Module, *, techniques: Sequence[Technique] = (), task_weight: float = 1.0, args: TrainingArguments, **others: Any) -> None:
+        if args.deepspeed or args.fsdp or args.label_smoothing_factor:
+            raise CompressError("DeepSpeed, FSDP and label smoothing have not been shown to work with techniques", where="TrainingArguments",
+                                next_step="train on one device or with plain DDP (torchrun), without label smoothing")
+        self.techniques, self.task_weight = sorted(techniques, key=lambda t: type(t).__name__), task_weight
+        self._logged: dict[str, Tensor] = {}
+        self._logged_steps = 0
+        self._eval_logged: dict[str, list[Tensor]] = defaultdict(list)
+        for technique in self.techniques:
+            technique.attach(model)
+        callbacks = [*(others.pop("callbacks", None) or []), *self.techniques, _OwnParameters(self.techniques)]
+        super().__init__(model, args=args, callbacks=callbacks, **others)
+        for technique in self.techniques:
+            technique.prepare(self)
+
+    @property
+    def _student(self) -> PreTrainedModel:
+        return base_of(self.model)
+
+    @property
+    def _causal(self) -> bool:
+        return "SequenceClassification" not in type(self._student).__name__
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        own = [p for technique in self.techniques for p in technique.parameters()]
+        if own and not made:
+            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+        return optimizer
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        labels = [batch["labels"] for batch in batch_samples]
+        count = torch.tensor(sum(int((x[..., 1:] != -100).sum()) if self._causal else len(x) for x in labels), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count.clamp_min(1)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None) -> Any:
+        labels = inputs["labels"]
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], labels.device)
+            assert num_items_in_batch is not None
+        if model.training and not self._logged:
+            self._logged_steps = self.state.global_step
+        request = {k: v for technique in self.techniques for k, v in technique.request().items()}
+        extra = {"num_items_in_batch": num_items_in_batch} if self._causal and self.model_accepts_loss_kwargs else {}
+        outputs = model(**inputs, **request, **extra)
+        task = outputs.loss
+        if not extra:  # a mean over this micro-batch, as stock classification and regression losses are
+            seen = int((labels[..., 1:] != -100).sum()) if self._causal else len(labels)
+            task = task * seen / num_items_in_batch
+        shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100) if self._causal else labels
+        step = Step(base_of(model), inputs, outputs, shifted, num_items_in_batch)
+        terms = {"task": self.task_weight * task}
+        for technique in self.techniques:
+            terms |= technique.loss_terms(step)
+        factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # DDP averages what is already divided by all
+        if model.training:
+            for name, value in terms.items():
+                self._logged[name] = self._logged.get(name, 0.0) + value.detach() * factor
+            loss = torch.stack([terms[name] for name in sorted(terms)]).sum() * factor
+        else:
+            for name, value in terms.items():
+                if name != "task":
+                    self._eval_logged[name].append(value.detach() * factor)
+            loss = task * factor
+        # hidden states asked for by a technique must not be gathered as predictions
+        return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._logged:
+            steps = max(1, self.state.global_step - self._logged_steps)
+            logs |= {f"loss_{name}": float(self.accelerator.gather(value.reshape(1)).mean()) / steps for name, value in sorted(self._logged.items())}
+            self._logged = {}
+        if "eval_loss" in logs:
+            logs |= {f"eval_{name}": float(torch.stack(values).mean()) for name, values in self._eval_logged.items()}
+            self._eval_logged.clear()
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        outcome = super().train(*args, **kwargs)
+        for technique in self.techniques:
+            technique.finalize(self.model)
+        return outcome
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        if not all(t.settled(self.state.global_step, self.state.max_steps) for t in self.techniques):
+            return False
+        return bool(super()._determine_best_metric(*args, **kwargs))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {f"{type(t).__name__}/{k}": v.detach().cpu().contiguous() for t in self.techniques for k, v in t.state().items()}
+            save_file(tensors, folder / STATE_FILE, {"techniques": self._signature()})
+        super()._save_checkpoint(model, trial)
+
+    def _signature(self) -> str:
+        return json.dumps([type(t).__name__ for t in self.techniques])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_weights(resume_from_checkpoint)
+        self._load_state(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        self._load_weights(best)
+        self._load_state(Path(best))
+
+    def _load_weights(self, folder: str) -> None:
+        """Through from_pretrained: the raw state dict holds experts one by one, and loading it leaves the stacked ones as they were."""
+        if hasattr(self.model, "peft_config"):
+            super()._load_from_checkpoint(folder)
+            return
+        student = self._student
+        saved, info = type(student).from_pretrained(folder, dtype=student.dtype, output_loading_info=True)
+        if info["missing_keys"] or info["mismatched_keys"]:
+            raise CompressError("the checkpoint lacks weights of the model", where=folder,
+                                next_step="missing: " + ", ".join(sorted(info["missing_keys"])[:5]))
+        student.load_state_dict(saved.state_dict())
+
+    def _load_state(self, folder: Path) -> None:
+        if not (folder / STATE_FILE).exists():
+            raise CompressError("the checkpoint holds no state of the techniques", where=str(folder), next_step="resume a run of CompressionTrainer")
+        from safetensors import safe_open
+
+        with safe_open(folder / STATE_FILE, "pt") as opened:
+            before = opened.metadata()["techniques"]
+        if before != self._signature():
+            raise CompressError(f"the checkpoint was written with the techniques {before}, this run has {self._signature()}", where=str(folder),
+                                next_step="resume with the same techniques, or start a new run")
+        tensors = load_file(folder / STATE_FILE)
+        for technique in self.techniques:
+            prefix = f"{type(technique).__name__}/"
+            technique.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+class _OwnParameters(TrainerCallback):
+    """The techniques' own parameters are outside the model: average their gradients over ranks, clip them as a group, zero them."""
+
+    def __init__(self, techniques: Sequence[Technique]) -> None:
+        self.techniques = techniques
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        own = [p for technique in self.techniques for p in technique.parameters() if p.grad is not None]
+        if own and torch.distributed.is_initialized():
+            for parameter in own:
+                torch.distributed.all_reduce(parameter.grad)
+                assert parameter.grad is not None
+                parameter.grad /= torch.distributed.get_world_size()
+        if own and args.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(own, args.max_grad_norm)
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for technique in self.techniques:
+            for parameter in technique.parameters():
+                parameter.grad = None  # the Trainer zeroes the model's only
+
+
+class DistillationTrainer(CompressionTrainer):
+    """``DistillationTrainer(student, teacher_model="org/teacher", temperature=2.0, args=..., train_dataset=...)``."""
+
+    def __init__(self, model: nn.Module, teacher_model: Any, *, techniques: Sequence[Technique] = (), loss: str = "forward_kl",
+                 temperature: float = 2.0, hidden_weight: float = 0.0, **others: Any) -> None:
+        first = Distillation(teacher_model, loss=loss, temperature=temperature, hidden_weight=hidden_weight)
+        super().__init__(model, techniques=[first, *techniques], **others)
+
+
+class PruningTrainer(CompressionTrainer):
+    """``PruningTrainer(model, sparsity=0.5, pattern="2:4", args=..., train_dataset=...)``."""
+
+    def __init__(self, model: nn.Module, *, sparsity: float, pattern: str = "unstructured", schedule: str = "cubic",
+                 techniques: Sequence[Technique] = (), **others: Any) -> None:
+        super().__init__(model, techniques=[Pruning(sparsity, pattern, schedule=schedule), *techniques], **others)
+
+
+class QATTrainer(CompressionTrainer):
+    """``QATTrainer(model, bits=4, group_size=32, args=..., train_dataset=...)``."""
+
+    def __init__(self, model: nn.Module, *, bits: int, group_size: int | None = None, techniques: Sequence[Technique] = (), **others: Any) -> None:
+        super().__init__(model, techniques=[QAT(bits, group_size), *techniques], **others)

@@ -1,0 +1,106 @@
+"""Formulas of the losses, the teacher's checks, and scripts that use the dataclasses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_compress.errors import CompressError
+from hf_compress.losses import losses
+from hf_compress.techniques.distillation import CHUNK, Distillation, _Chunked
+from hf_compress.techniques.pruning import Pruning, scheduled_sparsity
+from hf_compress.trainer import DistillationTrainer
+from tests.models import tiny
+from tests.training import collate, rows, trainer
+
+
+def test_forward_kl_gradient_is_t_times_q_minus_p() -> None:
+    student, teacher = torch.randn(5, 7, dtype=torch.float32, requires_grad=True), torch.randn(5, 7)
+    losses["forward_kl"](student, teacher, temperature=3.0).sum().backward()
+    torch.testing.assert_close(student.grad, 3 * ((student / 3).softmax(-1) - (teacher / 3).softmax(-1)), atol=1e-6, rtol=1e-5)
+
+
+def test_forward_kl_at_high_temperature_is_centred_squared_error() -> None:
+    a, b = torch.randn(4, 9), torch.randn(4, 9)
+    difference = (a - b) - (a - b).mean(-1, keepdim=True)
+    torch.testing.assert_close(losses["forward_kl"](a, b, temperature=30.0).sum(), difference.square().sum() / (2 * 9), rtol=0.1, atol=0)
+
+
+def test_hidden_mse_is_zero_at_equality_one_for_zero_and_ignores_scale() -> None:
+    student, teacher = torch.randn(6, 8), torch.randn(6, 8)
+    loss = losses["hidden_mse"]
+    assert loss(teacher, teacher).abs().max() == 0
+    torch.testing.assert_close(loss(torch.zeros(6, 8), teacher), torch.ones(6))
+    torch.testing.assert_close(loss(5 * student, 5 * teacher), loss(student, teacher))
+
+
+def test_chunked_value_and_gradient_equal_the_naive_ones() -> None:
+    student, teacher = torch.randn(2 * CHUNK + 3, 11, requires_grad=True), torch.randn(2 * CHUNK + 3, 11)
+    chosen = torch.arange(0, len(student), 2)
+    naive = losses["forward_kl"](student[chosen], teacher[chosen]).sum()
+    (expected,) = torch.autograd.grad(naive, student)
+    ours = _Chunked.apply(student, teacher, chosen, losses["forward_kl"])
+    (got,) = torch.autograd.grad(ours * 2, student)
+    torch.testing.assert_close(ours, naive, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got, expected * 2, atol=1e-6, rtol=1e-5)
+
+
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    run = trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", seed=1), hidden_weight=1.0)])
+    batch = collate([rows()[0]])
+    longer = {k: torch.nn.functional.pad(v, (0, 6), value=-100 if k == "labels" else 0) for k, v in batch.items()}
+    run.model.eval()
+    terms = []
+    for inputs in (batch, longer):
+        run._eval_logged.clear()
+        run.compute_loss(run.model, inputs)
+        terms.append({k: v[0] for k, v in run._eval_logged.items()})
+    torch.testing.assert_close(terms[0], terms[1], atol=1e-5, rtol=1e-4)
+
+
+def test_predictions_hold_logits_only(tmp_path: Path) -> None:
+    run = trainer(tiny("bert"), tmp_path, [Distillation(tiny("bert", seed=1), hidden_weight=1.0)])
+    assert run.predict(run.eval_dataset).predictions.shape == (16, 2)
+
+
+@pytest.mark.parametrize(("teacher", "options", "message"), [
+    ({"vocab_size": 64}, {}, "vocabulary"), ({}, {"layer_map": [0, 7], "hidden_weight": 1.0}, "layer_map"), ({}, {"loss": "forward_lk"}, "forward_kl")])
+def test_bad_teachers_are_refused_before_training(teacher: dict, options: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match=message):
+        trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", **teacher), **options)])
+
+
+def test_teacher_with_nan_is_named(tmp_path: Path) -> None:
+    teacher = tiny("llama")
+    teacher.lm_head.weight.data[0] = torch.nan
+    with pytest.raises(CompressError, match="teacher's logits"):
+        trainer(tiny("llama"), tmp_path, [Distillation(teacher)]).train()
+
+
+def test_lora_student_learns_from_its_own_base(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    student = get_peft_model(tiny("llama"), LoraConfig(target_modules="all-linear", r=4))
+    run = trainer(student, tmp_path, [Distillation("base")], task_weight=0.0)
+    run.train()
+    assert run.state.log_history[0]["loss_kl"] == pytest.approx(0, abs=1e-5)  # B = 0 at the start: the student is its base
+
+
+def test_thin_trainer_and_argument_parser(tmp_path: Path) -> None:
+    args, distillation, pruning = HfArgumentParser((TrainingArguments, Distillation, Pruning)).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--temperature", "4", "--sparsity", "0.3", "--use_cpu", "--max_steps", "1", "--report_to", "none"])
+    assert (distillation.temperature, pruning.sparsity) == (4.0, 0.3)
+    DistillationTrainer(tiny("llama"), tiny("llama", seed=1), temperature=distillation.temperature, args=args, train_dataset=rows(), data_collator=collate).train()
+
+
+def test_a_mapping_is_validated_into_a_technique() -> None:
+    assert TypeAdapter(Distillation).validate_python({"teacher_model": "dense", "layer_map": [0, 1]}).layer_map == [0, 1]
+    with pytest.raises(ValidationError, match="temprature"):
+        TypeAdapter(Distillation).validate_python({"temprature": 2})
+
+
+def test_cubic_schedule_has_its_published_values() -> None:
+    values = [scheduled_sparsity(p, schedule="cubic", initial=0.0, final=0.9) for p in (0.0, 0.25, 0.5, 1.0, 2.0)]
+    assert values == pytest.approx([0.0, 0.5203125, 0.7875, 0.9, 0.9])
