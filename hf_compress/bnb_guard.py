@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import nn
+
+for _name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+    logging.getLogger(_name).setLevel(logging.ERROR)  # it says at every layer of every forward that inputs are cast
 
 
 def disable_cpu_packing(model: nn.Module) -> None:

@@ -25,5 +25,5 @@ class Export(Stage):
             require(module, extra="onnx", what="export to ONNX")
 
     def run(self, work: Work) -> Done:
-        facts = export_onnx(work.model, work.tokenizer, work.folder, quantize=self.quantize)
+        facts = export_onnx(work.model, work.folder, quantize=self.quantize)
         return Done(work.model, facts, extras={"onnx": work.folder / "onnx"})

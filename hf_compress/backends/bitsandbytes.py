@@ -1,0 +1,70 @@
+"""bitsandbytes: int8 rows, or 4-bit blocks of 64 (nf4, fp4), kept small in memory too."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.backends import Written, backends
+from hf_compress.bnb_guard import disable_cpu_packing
+from hf_compress.coverage import coverage
+from hf_compress.errors import CompressError
+from hf_compress.weights import Weight, weights
+
+BLOCK = 64
+
+
+def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float | str:
+    """Bytes on disk, or why bitsandbytes leaves this weight as it is."""
+    out, width = weight.shape
+    if weight.kind == "expert":
+        return "stacked experts are not nn.Linear, the only thing bitsandbytes replaces"
+    if bits == 8 and weight.module_name.endswith("kv_b_proj"):
+        return "MLA calls kv_b_proj with four dimensions, bitsandbytes int8 takes three"
+    if bits == 4 and width % BLOCK:
+        return f"{width} inputs are no multiple of {BLOCK}: bitsandbytes decodes them wrong on a CPU"
+    return out * width + 4 * out if bits == 8 else out * width / 2 + 4 * out * width / BLOCK
+
+
+@backends.register("bitsandbytes", summary="int8 and nf4/fp4 for dense models, small on disk and in memory", paper="https://arxiv.org/abs/2208.07339",
+                   disk="about 4x (int8) or 7x (4 bits) smaller than fp32 for the matrices it holds", memory="kept small",
+                   speed="near the dense model on a GPU, slower than fp32 on a CPU", experts="no", serves="transformers, vLLM, TGI", needs="bitsandbytes", stores=stores)
+def bitsandbytes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, *, bits: int, group_size: int | None = None,
+                 dtype: str | None = None, quant_type: str = "nf4", double_quant: bool = False) -> Written:
+    """Write `model` with its block matrices in `bits` (8, or 4) into `folder`.
+
+    dtype: of everything else (embeddings, norms, heads), the model's own when None; quant_type: nf4 or fp4.
+    Saved before any forward, because a forward may repack 4-bit weights in place.
+
+    Raises:
+        CompressError: bits or group size bitsandbytes does not have.
+    """
+    if bits not in (4, 8):
+        raise CompressError(f"bitsandbytes stores 4 or 8 bits, not {bits}", where="quantize.bits")
+    if group_size not in (None, BLOCK):
+        raise CompressError(f"bitsandbytes has its own blocks, not groups of {group_size}", where="quantize.group_size", next_step="leave group_size out")
+    reasons = {w.name: str(reason) for w in weights(model) if isinstance(reason := stores(w, bits=bits), str)}
+    keep = sorted({w.module_name for w in weights(model) if w.name in reasons and w.kind != "expert"} | _heads(model))
+    options: dict[str, Any] = {"load_in_8bit": True} if bits == 8 else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": getattr(torch, dtype or "float32")}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as dense:
+        model.save_pretrained(dense)
+        packed = type(model).from_pretrained(dense, quantization_config=BitsAndBytesConfig(llm_int8_skip_modules=keep, **options),
+                                             dtype=getattr(torch, dtype) if dtype else model.dtype)
+    disable_cpu_packing(packed)
+    packed.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    done = {module_name for module_name, module in packed.named_modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")}
+    return Written(packed.eval(), coverage(model, [w.name for w in weights(model) if w.module_name in done], reasons))
+
+
+def _heads(model: PreTrainedModel) -> set[str]:
+    """Every Linear outside the blocks: lm_head, poolers and classifiers are small and touchy."""
+    inside = {w.module_name for w in weights(model)}
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in inside}

@@ -1,0 +1,108 @@
+"""ONNX Runtime: an int8 file for CPUs, beside the plain checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.errors import CompressError, require
+from hf_compress.families import family_of
+
+EXPORT_TOLERANCE = 1e-3  # relative to the largest logit, fp32 file against torch
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+def export_onnx(model: PreTrainedModel, folder: Path, *, quantize: str | None = "int8") -> dict[str, Any]:
+    """Write ``folder/onnx/model_quantized.onnx`` (int8) or ``model.onnx`` (fp32): (input_ids, attention_mask) -> logits, any batch and length.
+
+    int8 is onnxruntime's dynamic quantization: int8 weights (embeddings too), activations rounded as they come.
+    The fp32 export is compared with torch at shapes it was not traced at. Facts: bytes, the two relative errors of the logits.
+
+    Raises:
+        CompressError: onnx libraries missing; an architecture whose export is wrong or not checked; logits that differ.
+    """
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        require(module, extra="onnx", what="export to ONNX")
+    if quantize not in (None, "int8"):
+        raise CompressError(f"unknown ONNX quantization {quantize!r}", where="export.quantize", next_step="int8, or leave it empty for fp32")
+    family = family_of(model.config)
+    if family.name != "bert":
+        raise CompressError(f"ONNX export of {family.name} models is not supported: without a key-value cache the file would not serve, "
+                            "and for DeepSeek the exporter is silently wrong", where="export", next_step="export encoders, or leave this stage out")
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    target = folder / "onnx"
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, _quiet():
+        exported = Path(scratch) / "model.onnx"
+        _export(model, exported)
+        fp32_error = max(_difference(model, exported, shape) for shape in ((1, 7), (3, 21)))
+        if fp32_error > EXPORT_TOLERANCE:
+            raise CompressError(f"the exported graph differs from torch by {fp32_error:.1e} of the largest logit", where="export",
+                                next_step="report the architecture; do not ship this file")
+        if quantize == "int8":
+            final = target / "model_quantized.onnx"
+            quantize_dynamic(exported, final, weight_type=QuantType.QInt8)
+        else:
+            final = target / "model.onnx"
+            final.write_bytes(exported.read_bytes())
+    facts = {"file": final.name, "bytes": final.stat().st_size, "fp32_error": fp32_error, "error": max(_difference(model, final, s) for s in ((1, 7), (3, 21)))}
+    (target / "export.json").write_text(json.dumps(facts, indent=2))
+    return facts
+
+
+def _export(model: PreTrainedModel, path: Path) -> None:
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    ids, mask = _probe(model, (2, 16))
+    program = torch.onnx.export(_Logits(model.eval()).float(), (ids, mask), dynamo=True, input_names=["input_ids", "attention_mask"], output_names=["logits"],
+                                dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}), verbose=False)
+    assert program is not None
+    program.save(path)
+
+
+def _probe(model: PreTrainedModel, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(0)
+    return torch.randint(5, model.config.vocab_size, shape, generator=made), torch.ones(shape, dtype=torch.long)
+
+
+@torch.no_grad()
+def _difference(model: PreTrainedModel, path: Path, shape: tuple[int, int]) -> float:
+    """Largest difference of the logits over the largest logit, at (batch, length)."""
+    from onnxruntime import InferenceSession
+
+    ids, mask = _probe(model, shape)
+    expected = model(input_ids=ids, attention_mask=mask).logits.float()
+    (got,) = InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    return float((torch.from_numpy(got) - expected).abs().max() / expected.abs().max())
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """The exporter and the quantizer print progress and warn about internals of torch."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
