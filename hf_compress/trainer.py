@@ -124,6 +124,7 @@ class CompressionTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         outcome = super().train(*args, **kwargs)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # else its forward stays inside bf16 autocast for ever
         for technique in self.techniques:
             technique.finalize(self.model)
         return outcome

@@ -7,10 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.calibration import calibration_batches
 from hf_compress.coverage import Coverage
 from hf_compress.data import Data, Prepared, prepare
 from hf_compress.errors import CompressError
@@ -47,15 +45,6 @@ class Work:
             raise CompressError("this stage needs data and a tokenizer", where="recipe: data",
                                 next_step="add a `data:` section (and `model.tokenizer`) to the recipe")
         return prepare(self.data, self.tokenizer, task=self.task)
-
-    @cached_property
-    def calibration(self) -> list[dict[str, Tensor]]:
-        """Seeded batches of training text for statistics."""
-        assert self.data is not None or self.prepared
-        prepared = self.prepared
-        assert self.data is not None
-        return calibration_batches(prepared.calibration, prepared.collator, samples=self.data.calibration_samples, batch_size=8,
-                                   seed=self.seed, vocab_size=self.model.config.vocab_size)
 
 
 @dataclass

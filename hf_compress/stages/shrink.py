@@ -18,8 +18,6 @@ class Shrink(Stage):
     ffn: int | float | None = field(default=None, metadata={"help": "FFN channels to keep in every layer: a number, or a share below 1"})
     layers: list[int] | int | float | None = field(
         default=None, metadata={"help": "layers to keep: a list of indexes, a number, or a share below 1"})
-    criterion: str = field(default="magnitude", metadata={"help": "ranks FFN channels: magnitude or activation"})
-    layer_criterion: str = field(default="uniform", metadata={"help": "picks layers: uniform or block_influence"})
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
         if self.ffn is None and self.layers is None:
@@ -31,12 +29,9 @@ class Shrink(Stage):
         model, facts = work.model, dict[str, object]()
         before = model.num_parameters()
         if self.layers is not None:
-            batches = work.calibration if self.layer_criterion == "block_influence" else None
-            shrunk = drop_layers(model, keep=self.layers, criterion=self.layer_criterion, batches=batches)
-            facts |= {"kept_layers": shrunk.kept_layers} | shrunk.facts
+            facts |= drop_layers(model, keep=self.layers)
         if self.ffn is not None:
-            batches = work.calibration if self.criterion == "activation" else None
-            facts |= shrink_ffn(model, width=self.ffn, criterion=self.criterion, batches=batches).facts
+            facts |= shrink_ffn(model, width=self.ffn)
         facts |= {"parameters_before": before, "parameters_after": model.num_parameters()}
         kinds = {"ffn", "expert", "shared_expert"} if self.layers is None else {"attention", "ffn", "expert", "shared_expert"}
         return Done(model, facts, coverage(model, [w.name for w in weights(model) if w.kind in kinds]))

@@ -1,0 +1,85 @@
+"""The model card, from the finished folder alone: every number in it was measured and stands in hf_compress.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+FACTS = "hf_compress.json"
+PIPELINES = {"causal-lm": "text-generation", "text-classification": "text-classification"}
+LABELS = {"dense": "dense, torch", "plain_onnx": "dense, ONNX int8 (no compression of ours)", "root": "this checkpoint", "onnx": "this, ONNX"}
+
+
+def write_card(folder: Path) -> Path:
+    """Render ``README.md`` from ``hf_compress.json``; can be run again at any time."""
+    facts = json.loads((folder / FACTS).read_text())
+    path = folder / "README.md"
+    path.write_text(render_card(facts))
+    return path
+
+
+def render_card(facts: dict[str, Any]) -> str:
+    """Markdown with the Hub's YAML front matter. Text from the recipe is escaped, so that a name cannot break out of its place."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
+    environment.filters |= {"text": _text}
+    template = environment.from_string((Path(__file__).parent / "card_template.md").read_text())
+    recipe = yaml.safe_dump(facts["recipe"], sort_keys=False)
+    fence = "`" * (max((len(run) for run in re.findall("`+", recipe)), default=2) + 3)
+    return template.render(front=yaml.safe_dump(_metadata(facts), sort_keys=False), facts=facts, table=comparison(facts["evaluation"]), recipe=recipe, fence=fence,
+                           auto=("AutoModelForCausalLM" if facts["task"] == "causal-lm" else "AutoModelForSequenceClassification"),
+                           masked=any(s["kind"] == "prune" or "Pruning" in (s["facts"].get("techniques") or {}) for s in facts["stages"]),
+                           onnx=any(s["kind"] == "export" for s in facts["stages"]))
+
+
+def comparison(evaluation: dict[str, Any] | None) -> list[list[str]]:
+    """Rows of the before/after table, the header first; [] without an evaluation. Used by the card and the terminal alike."""
+    if evaluation is None:
+        return []
+    found: dict[str, dict[str, Any]] = evaluation["artefacts"]
+    names = [name for name in LABELS if name in found]
+    rows = [["", *(LABELS[name] for name in names)]]
+
+    def row(label: str, value: Any) -> None:
+        cells = [value(found[name], name) for name in names]
+        if any(cells):
+            rows.append([label, *(cell or "-" for cell in cells)])
+
+    dense = found["dense"]
+    row("weights on disk", lambda a, n: "bytes" in a and f"{a['bytes'] / 1e6:.1f} MB" + (f" ({dense['bytes'] / a['bytes']:.2f}x smaller)" if n != "dense" else ""))
+    row("parameters", lambda a, n: "parameters" in a and f"{a['parameters'] / 1e6:.1f} M")
+    row("active parameters", lambda a, n: a.get("active_parameters") != a.get("parameters") and f"{a['active_parameters'] / 1e6:.1f} M")
+    row("memory after a forward", lambda a, n: "memory_mb" in a and f"{a['memory_mb']:.0f} MiB")
+    row("zeros in the block matrices", lambda a, n: a.get("sparsity") is not None and f"{a['sparsity']:.1%}")
+    for size in dense.get("latency", {}):
+        row(f"batch {size}: time", lambda a, n, s=size: f"{a['latency'][s]['wall_ms']['median']:.2f} ms (p95 {a['latency'][s]['wall_ms']['p95']:.2f})")
+        row(f"batch {size}: throughput", lambda a, n, s=size: f"{a['latency'][s]['rows_per_second']:.0f} rows/s")
+        for clock in ("wall", "cpu"):
+            row(f"batch {size}: faster than dense, {clock} time",
+                lambda a, n, s=size, c=clock: n != "dense" and "{median:.2f}x ({low:.2f} to {high:.2f})".format(**a["latency"][s][f"speedup_{c}"]))
+    row("accuracy", lambda a, n: "accuracy" in a and f"{a['accuracy']['value']:.2%} (n = {a['accuracy']['n']})")
+    row("accuracy difference, paired interval",
+        lambda a, n: "accuracy_difference" in a and "{:+.2f} points ({:+.2f} to {:+.2f})".format(*(100 * a["accuracy_difference"][k] for k in ("value", "low", "high"))))
+    row("perplexity", lambda a, n: "perplexity" in a and f"{a['perplexity']['value']:.2f} ({a['perplexity']['tokens']} tokens)")
+    row("perplexity ratio, paired interval", lambda a, n: "perplexity_difference" in a and "{value:.3f} ({low:.3f} to {high:.3f})".format(**a["perplexity_difference"]))
+    row("KL from the dense model", lambda a, n: "kl_to_dense" in a and f"{a['kl_to_dense']:.4f}")
+    row("same top answer as the dense model", lambda a, n: "agreement" in a and f"{a['agreement']:.2%}")
+    return rows
+
+
+def _metadata(facts: dict[str, Any]) -> dict[str, Any]:
+    base = facts["base_model"] if re.fullmatch(r"[\w.-]+/[\w.-]+", facts["base_model"] or "") else None
+    tags = ["hf-compress", *sorted({s["kind"] for s in facts["stages"]})]
+    known = {"library_name": "transformers", "pipeline_tag": PIPELINES[facts["task"]], "license": facts["license"], "base_model": base,
+             "base_model_relation": ("quantized" if facts["container"] else "finetune") if base else None,
+             "datasets": [d for d in facts["datasets"] if re.fullmatch(r"[\w.-]+/[\w.-]+", d)] or None, "tags": tags}
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def _text(value: object) -> str:
+    """One line of plain text inside Markdown: no HTML, no table bars, no links, no line breaks."""
+    return re.sub(r"([\\`*_\[\]<>|#~&])", lambda m: f"&#{ord(m[1])};", " ".join(str(value).split()))

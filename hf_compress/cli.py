@@ -1,0 +1,140 @@
+"""hf-compress: run, evaluate, verify, card, list."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="markdown",
+                  help="Make Transformers models smaller and faster: pruning, distillation and quantization, alone or together.")
+console, errors = Console(), Console(stderr=True)
+
+RecipeArgument = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped recipe (see `hf-compress list recipes`)")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: path=value, e.g. stages.distil.args.max_steps=10")]
+FolderArgument = Annotated[Path, typer.Argument(help="a folder that `hf-compress run` finished")]
+
+
+@app.command()
+def run(recipe: RecipeArgument, output: Annotated[Path, typer.Option(help="folder to make; must not exist yet")],
+        set_: Overrides = None, overwrite: Annotated[bool, typer.Option(help="replace the output folder")] = False) -> None:
+    """Run a recipe: stages, measurements, verification, card. Interrupted? The same command goes on where it stopped."""
+    from hf_compress.pipeline import compress
+    from hf_compress.recipe import load
+
+    result = compress(load(recipe, set_), output, overwrite=overwrite, command=shlex.join(["hf-compress", *sys.argv[1:]]),
+                      say=lambda text: console.print(f"[bold]> {text}[/bold]"))
+    _show(result.facts)
+    console.print(f"\ncard: {result.folder / 'README.md'}")
+
+
+@app.command()
+def evaluate(folder: FolderArgument) -> None:
+    """Print what was measured when the folder was made."""
+    _show(_facts(folder))
+
+
+@app.command()
+def verify(folder: FolderArgument) -> None:
+    """Open the folder in a fresh process without hf_compress and compare its answers with those recorded."""
+    from hf_compress.verify import verify as verify_folder
+
+    for key, value in verify_folder(folder)[str(folder)].items():
+        console.print(f"{key}: {value}")
+
+
+@app.command()
+def card(folder: FolderArgument) -> None:
+    """Write the card again from the folder's facts."""
+    from hf_compress.card import write_card
+
+    _facts(folder)
+    console.print(str(write_card(folder)))
+
+
+@app.command("list")
+def list_(what: Annotated[str, typer.Argument(help="losses, criteria, backends, families, stages or recipes")]) -> None:
+    """Name, one line and paper of everything of a kind."""
+    table = Table("name", "what", "paper", box=None)
+    for row in listing(what):
+        table.add_row(*row)
+    console.print(table)
+
+
+def listing(what: str) -> list[tuple[str, str, str]]:
+    """Rows of ``hf-compress list``; the README prints them too."""
+    from hf_compress.backends import backends
+    from hf_compress.criteria import criteria
+    from hf_compress.errors import CompressError, did_you_mean
+    from hf_compress.families import families
+    from hf_compress.losses import losses
+    from hf_compress.recipe import shipped
+    from hf_compress.stages import STAGES
+
+    registries = {"losses": losses, "criteria": criteria, "backends": backends, "families": families}
+    if what in registries:
+        return [(entry.name, entry.summary, entry.paper) for entry in registries[what]]  # type: ignore[attr-defined]
+    if what == "recipes":
+        return [(name, path.read_text().splitlines()[0].lstrip("# "), "") for name, path in shipped().items()]
+    if what == "stages":
+        return [(name, (sys.modules[kind.__module__].__doc__ or "").strip(), "") for name, kind in STAGES.items()]
+    raise CompressError(f"nothing to list called {what!r}", next_step=did_you_mean(what, [*registries, "recipes", "stages"]))
+
+
+def _facts(folder: Path) -> dict[str, object]:
+    import json
+
+    from hf_compress.errors import CompressError
+
+    path = folder / "hf_compress.json"
+    if not path.is_file():
+        raise CompressError("no hf_compress.json here", where=str(folder), next_step="give a folder that `hf-compress run` finished")
+    found: dict[str, object] = json.loads(path.read_text())
+    return found
+
+
+def _show(facts: dict[str, object]) -> None:
+    from hf_compress.card import comparison
+
+    rows = comparison(facts["evaluation"])  # type: ignore[arg-type]
+    if not rows:
+        console.print("the recipe measured nothing (no evaluate: section)")
+        return
+    table = Table(*rows[0], title=str(facts["name"]), title_justify="left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def main() -> None:
+    """The console script: what a person can mend is a short panel and exit code 1, Ctrl-C is 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    import transformers
+
+    from hf_compress.errors import CompressError
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        app()
+    except CompressError as error:
+        errors.print(Panel(str(error), title="hf-compress", title_align="left", border_style="red"), markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("interrupted: run the same command again to go on where it stopped")
+        sys.exit(130)
+    except OSError as error:
+        errors.print(Panel(f"{error}\n  next: free space or choose another place, then run the same command again to go on", title="hf-compress", border_style="red"))
+        sys.exit(1)

@@ -1,0 +1,188 @@
+"""compress(recipe) -> a finished folder: the whole program on one screen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import hf_compress
+from hf_compress.backends import backends
+from hf_compress.card import write_card
+from hf_compress.errors import CompressError
+from hf_compress.evaluate import evaluate, machine_facts, save_facts
+from hf_compress.recipe import NamedStage, Recipe
+from hf_compress.source import ModelSource, load_model, read_config, task_of
+from hf_compress.stages import Done, Work
+from hf_compress.verify import verify, write_expectation
+
+FACTS = "hf_compress.json"
+LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class Result:
+    """folder: what plain from_pretrained opens, with README.md (the card) and hf_compress.json (`facts`)."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+
+def compress(recipe: Recipe, output: str | Path, *, overwrite: bool = False, command: str = "", say: Callable[[str], None] = lambda _: None) -> Result:
+    """Run every stage, then measure, verify and describe the result.
+
+    Work happens in a hidden sibling of `output`; the finished folder gets its name at the end by a rename. Run again after an interruption:
+    finished stages are not redone, and training goes on from its last checkpoint.
+
+    Raises:
+        CompressError: the output exists; whatever a stage, the evaluation or `verify` finds wrong.
+    """
+    output = Path(output).absolute()
+    if output.exists() and not overwrite:
+        raise CompressError("the output folder exists", where=str(output), next_step="choose another --output, or pass --overwrite")
+    config = read_config(recipe.model)
+    task = task_of(recipe.model, config)
+    room = output.parent / f".{output.name}.work"
+    room.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    transformers.set_seed(recipe.seed)
+
+    tokenizer = None
+    source = _Finished.stage(room, recipe, -1)
+    if not source.done:
+        say("reading the model")
+        model, tokenizer = load_model(recipe.model, seed=recipe.seed)
+        source.save(Done(model), tokenizer, {"kind": "source", "seconds": 0.0})
+        del model
+    checkpoint, places, extras, records = source.checkpoint, {"source": str(source.checkpoint)}, dict[str, Path](), list[dict[str, Any]]()
+    places["dense"] = places["source"]
+    quantized = ""
+    model_now: PreTrainedModel | None = None
+    for index, named in enumerate(recipe.stages):
+        finished = _Finished.stage(room, recipe, index)
+        if finished.done:
+            say(f"{named.name}: done before")
+            model_now = None
+        else:
+            say(f"{named.name} ({named.kind})")
+            work = _work(recipe, task, checkpoint, finished.running, places, quantized)
+            if model_now is not None:
+                work.__dict__["model"] = model_now
+            started = time.time()
+            done = named.stage.run(work)
+            finished.save(done, work.tokenizer, {"name": named.name, "kind": named.kind, "seconds": round(time.time() - started, 1), "facts": done.facts,
+                                                 "coverage": done.coverage.as_facts() if done.coverage else None, "quantized": done.quantized,
+                                                 "extras": sorted(done.extras)})
+            model_now = done.model
+        record = finished.record
+        records.append(record)
+        checkpoint, quantized = finished.checkpoint, record["quantized"] or quantized
+        extras |= {name: finished.folder / name for name in record["extras"]}
+        places[named.name] = str(checkpoint)
+        if named.name == recipe.baseline:
+            places["dense"] = str(checkpoint)
+
+    final = room / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    shutil.copytree(checkpoint, final)
+    for name, folder in extras.items():
+        shutil.copytree(folder, final / name)
+    work = _work(recipe, task, final, room / "evaluation", places, quantized)
+    write_expectation(work.model, final)
+    facts: dict[str, Any] = {
+        "name": recipe.name, "command": command, "recipe": recipe.raw, "seed": recipe.seed, "license": recipe.license, "task": task,
+        "base_model": recipe.model.id, "datasets": [recipe.data.id] if recipe.data else [], "stages": records, "machine": machine_facts(),
+        "versions": {"hf_compress": hf_compress.__version__} | {name: version(name) for name in LIBRARIES}, "container": _container(recipe), "evaluation": None}
+    if recipe.evaluate is not None:
+        say("measuring")
+        facts["evaluation"] = evaluate(final, places["dense"], spec=recipe.evaluate, prepared=work.prepared, task=task, scratch=room / "evaluation", seed=recipe.seed)
+    say("verifying in a fresh process")
+    facts["verify"] = verify(final)[str(final)]
+    save_facts(facts, final / FACTS)
+    write_card(final)
+    if output.exists():
+        shutil.rmtree(output)
+    final.rename(output)
+    shutil.rmtree(room)
+    return Result(output, facts)
+
+
+def _work(recipe: Recipe, task: str, checkpoint: Path, folder: Path, places: dict[str, str], quantized: str) -> Work:
+    source = ModelSource(id=str(checkpoint), task=task, device_map=recipe.model.device_map)
+    tokenizer = None
+    if (checkpoint / "tokenizer_config.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    return Work(source, task, tokenizer, recipe.data, folder, places, recipe.seed, quantized)
+
+
+def _container(recipe: Recipe) -> dict[str, str] | None:
+    for named in recipe.stages:
+        if named.kind == "quantize":
+            entry = backends.entry(named.stage.backend)  # type: ignore[attr-defined]
+            return {"name": entry.name} | {k: v for k, v in entry.traits.items() if isinstance(v, str)}
+    return None
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """Where one stage's result lies: ``<number>-<name>-<fingerprint of the recipe up to here>/checkpoint`` and ``record.json``."""
+
+    folder: Path
+
+    @staticmethod
+    def stage(room: Path, recipe: Recipe, index: int) -> _Finished:
+        named: list[NamedStage] = recipe.stages[: index + 1]
+        known = [recipe.raw["model"], recipe.seed, recipe.raw.get("data") if index >= 0 else None, recipe.raw["stages"][: index + 1],
+                 recipe.baseline if recipe.baseline in {s.name for s in named} else "source"]
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        return _Finished(room / f"{index + 1}-{named[-1].name if named else 'source'}-{digest}")
+
+    @property
+    def running(self) -> Path:
+        """Scratch of the stage while it runs; survives an interruption."""
+        path = self.folder.with_name(self.folder.name + ".running")
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def done(self) -> bool:
+        return self.folder.exists()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((self.folder / "record.json").read_text())
+        return record
+
+    def save(self, done: Done, tokenizer: Any, record: dict[str, Any]) -> None:
+        running = self.running
+        made = running / "result"
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        if done.saved is not None:
+            done.saved.rename(made / "checkpoint")
+        elif done.model is not None:
+            done.model.save_pretrained(made / "checkpoint")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(made / "checkpoint")
+        for name, folder in done.extras.items():
+            folder.rename(made / name)
+        save_facts(record, made / "record.json")
+        made.rename(self.folder)
+        shutil.rmtree(running)
+
+
+__all__ = ["FACTS", "Result", "compress"]
