@@ -12,7 +12,7 @@ import yaml
 
 FACTS = "hf_compress.json"
 PIPELINES = {"causal-lm": "text-generation", "text-classification": "text-classification"}
-LABELS = {"dense": "dense, torch", "plain_onnx": "dense, ONNX int8 (no compression of ours)", "root": "this checkpoint", "onnx": "this, ONNX"}
+LABELS = {"dense": "dense fp32, torch", "plain_onnx": "dense, plain ONNX int8", "root": "ours, checkpoint", "onnx": "ours, ONNX int8"}
 
 
 def write_card(folder: Path) -> Path:
@@ -56,7 +56,7 @@ def comparison(evaluation: dict[str, Any] | None) -> list[list[str]]:
     row("memory after a forward", lambda a, n: "memory_mb" in a and f"{a['memory_mb']:.0f} MiB")
     row("zeros in the block matrices", lambda a, n: a.get("sparsity") is not None and f"{a['sparsity']:.1%}")
     for size in dense.get("latency", {}):
-        row(f"batch {size}: time", lambda a, n, s=size: f"{a['latency'][s]['wall_ms']['median']:.2f} ms (p95 {a['latency'][s]['wall_ms']['p95']:.2f})")
+        row(f"batch {size}: time", lambda a, n, s=size: "{median:.2f} ms (p95 {p95:.2f})".format(**a["latency"][s]["wall_ms"]))
         row(f"batch {size}: throughput", lambda a, n, s=size: f"{a['latency'][s]['rows_per_second']:.0f} rows/s")
         for clock in ("wall", "cpu"):
             row(f"batch {size}: faster than dense, {clock} time",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -109,7 +110,9 @@ def _show(facts: dict[str, object]) -> None:
     if not rows:
         console.print("the recipe measured nothing (no evaluate: section)")
         return
-    table = Table(*rows[0], title=str(facts["name"]), title_justify="left")
+    table = Table(title=str(facts["name"]), title_justify="left", box=box.SIMPLE_HEAD)
+    for index, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)

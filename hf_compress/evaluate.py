@@ -41,6 +41,7 @@ class Evaluate:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "of the latency measure"})
     length: int = field(default=32, metadata={"help": "tokens a row of the latency measure"})
     repeats: int = field(default=20, metadata={"help": "interleaved rounds of the latency measure"})
+    threads: int | None = field(default=None, metadata={"help": "of torch and onnxruntime alike; none = torch's own choice"})
     max_examples: int | None = field(default=None, metadata={"help": "rows of the quality measure; none = all"})
     compare_plain_onnx: bool = field(default=False, metadata={"help": "also measure the dense model exported to ONNX int8 without compression of ours"})
 
@@ -99,11 +100,13 @@ def evaluate(folder: Path, dense: str, *, spec: Evaluate, prepared: Prepared, ta
     Raises:
         CompressError: logits that are not finite.
     """
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
     artefacts = [open_folder("dense", dense, task), open_folder("root", str(folder), task)]
     files = sorted((folder / "onnx").glob("*.onnx"))
     artefacts += [open_onnx("onnx", files[0])] if files else []
     if spec.compare_plain_onnx and artefacts[0].model is not None:
-        export_onnx(artefacts[0].model, scratch / "plain")
+        export_onnx(artefacts[0].model, scratch / "plain", plain=True)
         artefacts.insert(1, open_onnx("plain_onnx", scratch / "plain" / "onnx" / "model_quantized.onnx"))
     facts: dict[str, Any] = {"machine": machine_facts(), "settings": {"task": task, "threads": torch.get_num_threads(), "batch_sizes": spec.batch_sizes,
                              "length": spec.length, "repeats": spec.repeats, "seed": seed}, "artefacts": {a.name: {} for a in artefacts}}

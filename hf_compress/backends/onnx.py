@@ -31,10 +31,12 @@ class _Logits(nn.Module):
         return logits
 
 
-def export_onnx(model: PreTrainedModel, folder: Path, *, quantize: str | None = "int8") -> dict[str, Any]:
+def export_onnx(model: PreTrainedModel, folder: Path, *, quantize: str | None = "int8", plain: bool = False) -> dict[str, Any]:
     """Write ``folder/onnx/model_quantized.onnx`` (int8) or ``model.onnx`` (fp32): (input_ids, attention_mask) -> logits, any batch and length.
 
     int8 is onnxruntime's dynamic quantization: int8 weights (embeddings too), activations rounded as they come.
+    plain: the exporter's graph as it comes, what a person gets without this library; else attention is exported in its eager form (fewer
+    nodes) and the sum before each layer norm is kept from being fused (see `_unfusable`): together about 1.7x faster at batch 32.
     The fp32 export is compared with torch at shapes it was not traced at. Facts: bytes, the two relative errors of the logits.
 
     Raises:
@@ -54,7 +56,14 @@ def export_onnx(model: PreTrainedModel, folder: Path, *, quantize: str | None = 
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         exported = Path(scratch) / "model.onnx"
-        _export(model, exported)
+        attention = model.config._attn_implementation
+        model.set_attn_implementation(attention if plain else "eager")
+        try:
+            _export(model, exported)
+        finally:
+            model.set_attn_implementation(attention)
+        if not plain:
+            _unfusable(exported)
         fp32_error = max(_difference(model, exported, shape) for shape in ((1, 7), (3, 21)))
         if fp32_error > EXPORT_TOLERANCE:
             raise CompressError(f"the exported graph differs from torch by {fp32_error:.1e} of the largest logit", where="export",
@@ -77,6 +86,20 @@ def _export(model: PreTrainedModel, path: Path) -> None:
                                 dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}), verbose=False)
     assert program is not None
     program.save(path)
+
+
+def _unfusable(path: Path) -> None:
+    """Write ``Sum`` for the ``Add`` that feeds a layer norm. onnxruntime fuses Add + LayerNormalization into a CPU kernel that takes four times
+    as long as the two apart (1.32: 14.8 against 3.3 ms of a 35 ms run); it does not look for Sum, which computes the same."""
+    import onnx
+
+    graph = onnx.load(path)
+    makers = {output: node for node in graph.graph.node for output in node.output}
+    for node in graph.graph.node:
+        maker = makers.get(node.input[0]) if node.op_type == "LayerNormalization" else None
+        if maker is not None and maker.op_type == "Add":
+            maker.op_type = "Sum"
+    onnx.save(graph, path)
 
 
 def _probe(model: PreTrainedModel, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from hf_compress.stages.base import Done, Stage, Work
 from hf_compress.stages.export import Export
+from hf_compress.stages.prune import Prune
 from hf_compress.stages.quantize import Quantize
 from hf_compress.stages.shrink import Shrink
 from hf_compress.stages.train import Train
 
-STAGES: dict[str, type[Stage]] = {"shrink": Shrink, "train": Train, "quantize": Quantize, "export": Export}
+STAGES: dict[str, type[Stage]] = {"shrink": Shrink, "prune": Prune, "train": Train, "quantize": Quantize, "export": Export}
 
-__all__ = ["STAGES", "Done", "Export", "Quantize", "Shrink", "Stage", "Train", "Work"]
+__all__ = ["STAGES", "Done", "Export", "Prune", "Quantize", "Shrink", "Stage", "Train", "Work"]

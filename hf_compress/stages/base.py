@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.calibration import Batch, calibration_batches
 from hf_compress.coverage import Coverage
 from hf_compress.data import Data, Prepared, prepare
 from hf_compress.errors import CompressError
@@ -45,6 +46,16 @@ class Work:
             raise CompressError("this stage needs data and a tokenizer", where="recipe: data",
                                 next_step="add a `data:` section (and `model.tokenizer`) to the recipe")
         return prepare(self.data, self.tokenizer, task=self.task)
+
+    @property
+    def checkpoint(self) -> str:
+        """The folder the previous stage wrote."""
+        assert self.source.id is not None
+        return self.source.id
+
+    def calibration(self, vocab_size: int, samples: int) -> list[Batch]:
+        """Seeded batches of training text."""
+        return calibration_batches(self.prepared, samples=samples, vocab_size=vocab_size, seed=self.seed)
 
 
 @dataclass

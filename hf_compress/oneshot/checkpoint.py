@@ -1,0 +1,195 @@
+"""Prune a checkpoint folder that is larger than memory: one block is read, pruned, written and let go at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hf_compress.calibration import Batch
+from hf_compress.coverage import Coverage, coverage
+from hf_compress.criteria import criteria
+from hf_compress.errors import CompressError
+from hf_compress.families import family_of
+from hf_compress.oneshot.engine import OneshotReport, run_blocks
+from hf_compress.oneshot.prune import fingerprint, pruner
+from hf_compress.weights import blocks_of
+
+FP8_BLOCK = 128
+
+
+def prune_checkpoint(source: Path, target: Path, batches: list[Batch], *, criterion: str = "wanda", sparsity: float,
+                     pattern: str = "unstructured") -> tuple[OneshotReport, Coverage]:
+    """As `prune_blocks`, from a safetensors folder of a causal model to another; FP8 block-scaled sources become bfloat16.
+
+    Memory: one block, the embeddings and head, the activations. Blocks are written as they are done to ``target.part``, which gets its name at
+    the end; run again after an interruption, finished blocks are read back. Tensors outside the blocks are copied as they are.
+
+    Raises:
+        CompressError: the target exists; a tensor the model needs is not in the source; a truncated shard; another run's unfinished target.
+    """
+    if target.exists():
+        raise CompressError("the target folder exists", where=str(target), next_step="choose another")
+    part = target.with_name(target.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    config = AutoConfig.from_pretrained(source)
+    config.__dict__.pop("quantization_config", None)
+    stamp = fingerprint([criterion, sparsity, pattern, config.to_dict()], batches)
+    marker = part / "fingerprint.txt"
+    if marker.exists() and marker.read_text() != stamp:
+        raise CompressError("an unfinished run with other options lies here", where=str(part), next_step="remove it, or repeat that run's options")
+    marker.write_text(stamp)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, **({"experts_implementation": "eager"} if family_of(config).experts else {}))
+    files = _Files(source)
+    store = _Streamed(model, files, part)
+    solver = pruner(criterion=criterion, sparsity=sparsity, pattern=pattern)
+    report = run_blocks(model, batches, solver, needs=criteria.entry(criterion).traits["needs"], store=store)
+    store.finish(source)
+    marker.unlink()
+    part.rename(target)
+    return report, coverage(model, report.touched)
+
+
+class _Files:
+    """Tensors of a safetensors folder by key, each read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.where = folder, dict[str, Path]()
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt") as opened:
+                    self.where |= dict.fromkeys(opened.keys(), file)
+            except Exception as error:
+                raise CompressError(f"cannot read this shard: {error}", where=str(file), next_step="download or copy it again") from error
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.where
+
+    def read(self, key: str) -> Tensor:
+        if key not in self.where:
+            raise CompressError(f"the checkpoint holds no {key!r}", where=str(self.folder), next_step="check that all shards are here")
+        with safe_open(self.where[key], "pt") as opened:
+            tensor: Tensor = opened.get_tensor(key)
+        scale_key = f"{key}_scale_inv"
+        return _dequantize(tensor, self.read(scale_key)) if scale_key in self.where else tensor
+
+
+def _dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """FP8 (out, in) times one scale for each 128 x 128 block, in bfloat16 (DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 3.3)."""
+    full = scale.repeat_interleave(FP8_BLOCK, 0)[: weight.shape[0]].repeat_interleave(FP8_BLOCK, 1)[:, : weight.shape[1]]
+    return (weight.float() * full).to(torch.bfloat16)
+
+
+class _Streamed:
+    """Blocks come from the source (or from the target, when done before) and go to the target; only one is ever in memory."""
+
+    def __init__(self, model: PreTrainedModel, files: _Files, part: Path) -> None:
+        self.model, self.files, self.part = model, files, part
+        self.experts = family_of(model.config).experts
+        blocks = blocks_of(model)
+        self.prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
+        for name, _ in [*model.named_parameters(), *model.named_buffers()]:
+            if not name.startswith(self.prefix) and name in files:
+                self._set(name, files.read(name))
+        model.tie_weights()
+        left = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(self.prefix)]
+        if left:
+            raise CompressError(f"the checkpoint holds no {left[0]!r}", where=str(files.folder), next_step="check that all shards are here")
+
+    def _shard(self, block: int) -> Path:
+        return self.part / f"model-block-{block:05}.safetensors"
+
+    def load(self, block: int) -> bool:
+        done = self._shard(block).exists()
+        files = _Files.__new__(_Files)
+        if done:
+            files.folder = self.part
+            with safe_open(self._shard(block), "pt") as opened:
+                files.where = dict.fromkeys(opened.keys(), self._shard(block))
+        else:
+            files = self.files
+        module = blocks_of(self.model)[block]
+        for local, _ in [*module.named_parameters(), *module.named_buffers()]:
+            name = f"{self.prefix}{block}.{local}"
+            if self._stacked(local):
+                self._set(name, self._stack(name, files))
+            elif name in files or name in dict(self.model.named_parameters()):
+                self._set(name, files.read(name))
+        return done
+
+    def _stacked(self, local: str) -> bool:
+        return self.experts is not None and local in (f"{self.experts.module}.{self.experts.gate_up}", f"{self.experts.module}.{self.experts.down}")
+
+    def _parts(self, name: str) -> list[str]:
+        """On-disk names of one expert's share of a stacked parameter."""
+        assert self.experts is not None
+        return ["gate_proj", "up_proj"] if name.endswith(self.experts.gate_up) else ["down_proj"]
+
+    def _stack(self, name: str, files: _Files) -> Tensor:
+        assert self.experts is not None
+        experts, count = name.rsplit(".", 1)[0], getattr(self.model.config, self.experts.count)
+        shape = self.model.get_parameter(name).shape
+        stacked: Tensor | None = None
+        for expert in range(count):  # filled in place, so that no second copy of the experts exists
+            one = torch.cat([files.read(f"{experts}.{expert}.{part}.weight") for part in self._parts(name)])
+            stacked = torch.empty(shape, dtype=one.dtype) if stacked is None else stacked
+            stacked[expert] = one
+        assert stacked is not None
+        return stacked
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        path, _, attribute = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if attribute in module._parameters:
+            module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[attribute] = tensor
+
+    def save(self, block: int) -> None:
+        module = blocks_of(self.model)[block]
+        if not self._shard(block).exists():
+            tensors: dict[str, Tensor] = {}
+            for local, value in [*module.named_parameters(), *module.named_buffers()]:
+                name = f"{self.prefix}{block}.{local}"
+                if self._stacked(local):
+                    experts, parts = name.rsplit(".", 1)[0], self._parts(name)
+                    for expert, one in enumerate(value):
+                        tensors |= {f"{experts}.{expert}.{part}.weight": half for part, half in zip(parts, one.chunk(len(parts)), strict=True)}
+                elif name in self.files:
+                    tensors[name] = value.detach()
+            temporary = self._shard(block).with_suffix(".saving")
+            save_file(tensors, temporary, {"format": "pt"})
+            temporary.rename(self._shard(block))
+        for path, child in module.named_modules():
+            for attribute, parameter in child._parameters.items():
+                if parameter is not None:
+                    child._parameters[attribute] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def finish(self, source: Path) -> None:
+        """Everything outside the blocks, the index, and the small files."""
+        blocks = tuple(f"{self.prefix}{i}." for i in range(len(blocks_of(self.model))))
+        rest = {key: self.files.read(key) for key in self.files.where if not key.startswith(blocks) and not key.endswith("_scale_inv")}
+        save_file(rest, self.part / "model-rest.safetensors", {"format": "pt"})
+        written = _Files(self.part)
+        missing = {k for k in self.files.where if not k.endswith("_scale_inv")} - set(written.where)
+        if missing:
+            raise CompressError(f"{len(missing)} tensors of the source were not written, such as {min(missing)!r}", where=str(self.part),
+                                next_step="report the architecture")
+        total = sum(file.stat().st_size for file in self.part.glob("*.safetensors"))
+        index = {"metadata": {"total_size": total}, "weight_map": {key: file.name for key, file in written.where.items()}}
+        (self.part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        for file in source.iterdir():
+            if file.suffix in {".json", ".txt", ".model", ".jinja"} and not file.name.endswith(".index.json"):
+                shutil.copy(file, self.part / file.name)
+        config = json.loads((self.part / "config.json").read_text())
+        if config.pop("quantization_config", None) is not None:
+            config["dtype"] = "bfloat16"
+        (self.part / "config.json").write_text(json.dumps(config, indent=2))

@@ -1,0 +1,193 @@
+"""One-shot pruning: exact counts, true statistics on the compressed prefix, resuming, and the same result from a streamed checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hf_compress.criteria import Statistics
+from hf_compress.errors import CompressError
+from hf_compress.oneshot import prune_blocks, prune_checkpoint, run_blocks
+from hf_compress.oneshot import engine as engine_module
+from hf_compress.oneshot.prune import _InMemory
+from hf_compress.weights import blocks_of, weights
+from tests.models import CONFIGS, tiny
+from tests.training import collate, rows
+
+
+def batches(size: int = 4) -> list[dict[str, torch.Tensor]]:
+    data = rows(16)
+    made = [collate([data[i] for i in range(start, start + size)]) for start in range(0, 16, size)]
+    return [{k: b[k] for k in ("input_ids", "attention_mask")} for b in made]
+
+
+def record(model, given) -> dict[str, Statistics]:
+    """Statistics as the solver sees them, nothing changed."""
+    seen: dict[str, Statistics] = {}
+
+    def solver(weight, statistics):
+        seen[weight.name] = statistics
+        return weight.matrix.clone()
+
+    run_blocks(model, given, solver, needs=["input_norm", "hessian"], store=_InMemory(model, None, ""))
+    return seen
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_weight_of_every_family_is_pruned_exactly(name: str) -> None:
+    model = tiny(name)
+    report = prune_blocks(model, batches(), criterion="wanda", sparsity=0.5)
+    assert set(report.touched) == {w.name for w in weights(model)}
+    for weight in weights(model):
+        assert ((weight.matrix == 0).sum(1) == weight.shape[1] // 2).all(), weight.name
+
+
+def test_two_of_four_and_magnitude() -> None:
+    model = tiny("llama")
+    prune_blocks(model, batches(), criterion="magnitude", sparsity=0.5, pattern="2:4")
+    assert all(((w.matrix.reshape(-1, 4) != 0).sum(1) == 2).all() for w in weights(model))
+
+
+def test_statistics_are_the_inputs_without_padding() -> None:
+    model, given = tiny("llama"), batches()
+    inputs: list[torch.Tensor] = []
+    hook = blocks_of(model)[1].mlp.down_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    with torch.no_grad():
+        for batch in given:
+            model(**batch)
+    hook.remove()
+    rows_seen = torch.cat([x[b["attention_mask"].bool()] for x, b in zip(inputs, given, strict=True)])
+    found = record(model, given)["model.layers.1.mlp.down_proj.weight"]
+    assert found.tokens == len(rows_seen)
+    torch.testing.assert_close(found.input_norm, rows_seen.norm(dim=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.hessian, rows_seen.T @ rows_seen, rtol=1e-3, atol=1e-2)
+
+
+def test_expert_statistics_are_weighted_as_the_router_weights() -> None:
+    model, given = tiny("deepseek_v3"), batches(16)
+    seen = {}
+    hook = blocks_of(model)[1].mlp.experts.register_forward_pre_hook(lambda m, args: seen.update(args=args))
+    with torch.no_grad():
+        model(**given[0])
+    hook.remove()
+    hidden, chosen, gates = seen["args"]
+    keep = given[0]["attention_mask"].flatten().bool()
+    found = record(model, given)
+    experts = blocks_of(model)[1].mlp.experts
+    for expert in range(4):
+        gate = (gates * (chosen == expert)).sum(1)[keep]
+        x = hidden[keep] * gate[:, None]
+        torch.testing.assert_close(found[f"model.layers.1.mlp.experts.gate_up_proj.{expert}"].input_norm, x.norm(dim=0), rtol=1e-4, atol=1e-4)
+        first, second = (hidden[keep] @ experts.gate_up_proj[expert].T).chunk(2, -1)
+        inner = torch.nn.functional.silu(first) * second * gate[:, None]
+        torch.testing.assert_close(found[f"model.layers.1.mlp.experts.down_proj.{expert}"].input_norm, inner.norm(dim=0), rtol=1e-3, atol=1e-3)
+
+
+def test_the_second_block_sees_the_compressed_first() -> None:
+    given, second = batches(), "model.layers.1.self_attn.q_proj.weight"
+    pruned, seen = tiny("llama"), {}
+
+    def solver(weight, statistics):
+        seen[weight.name] = statistics
+        return weight.matrix * 0 if weight.block == 0 else weight.matrix.clone()
+
+    run_blocks(pruned, given, solver, needs=["input_norm"], store=_InMemory(pruned, None, ""))
+    assert torch.allclose(seen[second].input_norm, record(pruned, given)[second].input_norm, rtol=1e-4)
+    assert not torch.allclose(seen[second].input_norm, record(tiny("llama"), given)[second].input_norm, rtol=1e-2)
+
+
+def test_order_and_size_of_batches_change_no_mask() -> None:
+    masks = []
+    for given in (batches(4), batches(4)[::-1], batches(16)):
+        model = tiny("deepseek_v2")
+        prune_blocks(model, given, sparsity=0.5)
+        masks.append([w.matrix == 0 for w in weights(model)])
+    for other in masks[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(masks[0], other, strict=True))
+
+
+def test_killed_at_a_block_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, again = tiny("deepseek_v3"), tiny("deepseek_v3")
+    prune_blocks(whole, batches(), sparsity=0.5)
+    kill = _InMemory.save
+    monkeypatch.setattr(_InMemory, "save", lambda self, block: (kill(self, block), (_ for _ in ()).throw(KeyboardInterrupt)) and None)
+    with pytest.raises(KeyboardInterrupt):
+        prune_blocks(again, batches(), sparsity=0.5, resume_dir=tmp_path)
+    monkeypatch.undo()
+    fresh = tiny("deepseek_v3")
+    prune_blocks(fresh, batches(), sparsity=0.5, resume_dir=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), whole.state_dict().values(), strict=True))
+    with pytest.raises(CompressError, match="another run"):
+        prune_blocks(tiny("deepseek_v3"), batches(), sparsity=0.6, resume_dir=tmp_path)
+
+
+def test_starved_experts_are_named_and_fall_back_to_their_layer() -> None:
+    model = tiny("deepseek_v3")
+    router = blocks_of(model)[1].mlp.gate
+    router.e_score_correction_bias[:] = torch.tensor([0.0, 0.0, -9.0, -9.0])
+    report = prune_blocks(model, batches(), sparsity=0.5)
+    assert {n.rsplit(".", 1)[1] for n, tokens in report.starved.items() if tokens == 0} == {"2", "3"}
+    assert (weights(model, ["expert"])[3].matrix == 0).float().mean() == 0.5
+
+
+def test_nan_in_activations_names_the_block() -> None:
+    model = tiny("llama")
+    blocks_of(model)[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(CompressError, match="block 1"):
+        prune_blocks(model, batches(), sparsity=0.5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
+def test_streamed_checkpoint_equals_memory(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    report, touched = prune_checkpoint(tmp_path / "source", tmp_path / "target", batches(), sparsity=0.5)
+    prune_blocks(model, batches(), sparsity=0.5)
+    assert touched.share == 1.0
+    assert len(report.touched) == len(weights(model))
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "target", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_streaming_holds_one_block_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("deepseek_v3", num_hidden_layers=4).save_pretrained(tmp_path / "source")
+    live, solved = [], []
+    gather = engine_module.Gatherer
+
+    def watch(found, needs):
+        live.append(len({w.block for w in weights(holder["model"]) if not w.whole.is_meta}))
+        solved.append(found[0].block)
+        if found[0].block == 2 and len(solved) == 3:
+            raise KeyboardInterrupt
+        return gather(found, needs)
+
+    holder, run = {}, engine_module.run_blocks
+    monkeypatch.setattr("hf_compress.oneshot.checkpoint.run_blocks", lambda model, *a, **k: (holder.update(model=model), run(model, *a, **k))[1])
+    monkeypatch.setattr(engine_module, "Gatherer", watch)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(tmp_path / "source", tmp_path / "target", batches(), sparsity=0.5)
+    assert not (tmp_path / "target").exists()
+    prune_checkpoint(tmp_path / "source", tmp_path / "target", batches(), sparsity=0.5)
+    assert set(live) == {1}
+    assert solved == [0, 1, 2, 2, 3]
+
+
+def test_fp8_sources_are_dequantized_and_truncated_shards_named(tmp_path: Path) -> None:
+    model = tiny("deepseek_v3").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors, key = load_file(file), "model.layers.1.mlp.experts.2.up_proj.weight"
+    tensors[f"{key}_scale_inv"] = torch.tensor([[0.5]])
+    tensors[key] = (tensors[key].float() / 0.5).to(torch.float8_e4m3fn)
+    expected = (tensors[key].float() * 0.5).to(torch.bfloat16)
+    save_file(tensors, file, {"format": "pt"})
+    prune_checkpoint(tmp_path / "source", tmp_path / "target", batches(), criterion="magnitude", sparsity=0.25)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "target").state_dict()["model.layers.1.mlp.experts.gate_up_proj"][2, 64:]
+    assert torch.equal(written[written != 0], expected[written != 0])
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(CompressError, match="shard"):
+        prune_checkpoint(tmp_path / "source", tmp_path / "other", batches(), sparsity=0.5)
