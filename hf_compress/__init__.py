@@ -18,12 +18,33 @@ if TYPE_CHECKING:
     from hf_compress.verify import verify
 
 _HOME = {
-    "compress": "pipeline", "Recipe": "recipe", "drop_layers": "surgery", "shrink_ffn": "surgery", "Distillation": "techniques.distillation",
-    "Pruning": "techniques.pruning", "QAT": "techniques.qat", "CompressionTrainer": "trainer", "DistillationTrainer": "trainer",
-    "PruningTrainer": "trainer", "QATTrainer": "trainer", "verify": "verify",
+    "compress": "pipeline",
+    "Recipe": "recipe",
+    "drop_layers": "surgery",
+    "shrink_ffn": "surgery",
+    "Distillation": "techniques.distillation",
+    "Pruning": "techniques.pruning",
+    "QAT": "techniques.qat",
+    "CompressionTrainer": "trainer",
+    "DistillationTrainer": "trainer",
+    "PruningTrainer": "trainer",
+    "QATTrainer": "trainer",
+    "verify": "verify",
 }
-__all__ = ["QAT", "CompressionTrainer", "Distillation", "DistillationTrainer", "Pruning", "PruningTrainer", "QATTrainer", "Recipe", "compress", "drop_layers",
-           "shrink_ffn", "verify"]
+__all__ = [
+    "QAT",
+    "CompressionTrainer",
+    "Distillation",
+    "DistillationTrainer",
+    "Pruning",
+    "PruningTrainer",
+    "QATTrainer",
+    "Recipe",
+    "compress",
+    "drop_layers",
+    "shrink_ffn",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> object:

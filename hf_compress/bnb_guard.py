@@ -11,8 +11,8 @@ for _name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops
 
 
 def disable_cpu_packing(model: nn.Module) -> None:
-    """Call right after loading, before any forward. Without it, one forward in eval mode makes later gradients, saves and
-    dequantization silently wrong on CPUs with AVX512-BF16. Models without 4-bit layers are left as they are."""
+    """Call right after loading, before any forward. Without it, one forward in eval mode makes later gradients, saves
+    and dequantization silently wrong on CPUs with AVX512-BF16. Models without 4-bit layers are left as they are."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

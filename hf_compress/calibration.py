@@ -12,23 +12,33 @@ from hf_compress.errors import CompressError
 Batch = dict[str, Tensor]
 
 
-def calibration_batches(prepared: Prepared, *, samples: int, vocab_size: int, batch_size: int = 8, seed: int = 0) -> list[Batch]:
-    """`samples` rows of the training set as padded batches of input_ids and attention_mask, (batch, tokens) int64 each.
+def calibration_batches(
+    prepared: Prepared, *, samples: int, vocab_size: int, batch_size: int = 8, seed: int = 0
+) -> list[Batch]:
+    """`samples` rows of the training set as padded batches of input_ids and attention_mask, (batch, tokens) int64
+    each.
 
     Raises:
         CompressError: no rows, or token ids outside the model's vocabulary (a tokenizer of another model).
     """
     rows: Dataset = prepared.train.shuffle(seed=seed).select(range(min(samples, len(prepared.train))))
     if len(rows) == 0:
-        raise CompressError("no row to calibrate on", where="data", next_step="give at least one row longer than max_length when packing")
+        raise CompressError(
+            "no row to calibrate on",
+            where="data",
+            next_step="give at least one row longer than max_length when packing",
+        )
     batches = []
     for start in range(0, len(rows), batch_size):
         batch = prepared.collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         batches.append({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
     highest = max(int(b["input_ids"].max()) for b in batches)
     if highest >= vocab_size:
-        raise CompressError(f"the data holds token {highest}, the model's vocabulary has {vocab_size}", where="data",
-                            next_step="use the model's own tokenizer")
+        raise CompressError(
+            f"the data holds token {highest}, the model's vocabulary has {vocab_size}",
+            where="data",
+            next_step="use the model's own tokenizer",
+        )
     return batches
 
 

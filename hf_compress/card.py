@@ -12,7 +12,12 @@ import yaml
 
 FACTS = "hf_compress.json"
 PIPELINES = {"causal-lm": "text-generation", "text-classification": "text-classification"}
-LABELS = {"dense": "dense fp32, torch", "plain_onnx": "dense, plain ONNX int8", "root": "ours, checkpoint", "onnx": "ours, ONNX int8"}
+LABELS = {
+    "dense": "dense, torch",
+    "plain_onnx": "dense, plain ONNX int8",
+    "root": "ours, torch",
+    "onnx": "ours, ONNX int8",
+}
 
 
 def write_card(folder: Path) -> Path:
@@ -24,20 +29,34 @@ def write_card(folder: Path) -> Path:
 
 
 def render_card(facts: dict[str, Any]) -> str:
-    """Markdown with the Hub's YAML front matter. Text from the recipe is escaped, so that a name cannot break out of its place."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
+    """Markdown with the Hub's YAML front matter. Text from the recipe is escaped, so that a name cannot break out of
+    its place."""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
     environment.filters |= {"text": _text}
     template = environment.from_string((Path(__file__).parent / "card_template.md").read_text())
     recipe = yaml.safe_dump(facts["recipe"], sort_keys=False)
     fence = "`" * (max((len(run) for run in re.findall("`+", recipe)), default=2) + 3)
-    return template.render(front=yaml.safe_dump(_metadata(facts), sort_keys=False), facts=facts, table=comparison(facts["evaluation"]), recipe=recipe, fence=fence,
-                           auto=("AutoModelForCausalLM" if facts["task"] == "causal-lm" else "AutoModelForSequenceClassification"),
-                           masked=any(s["kind"] == "prune" or "Pruning" in (s["facts"].get("techniques") or {}) for s in facts["stages"]),
-                           onnx=any(s["kind"] == "export" for s in facts["stages"]))
+    return template.render(
+        front=yaml.safe_dump(_metadata(facts), sort_keys=False),
+        facts=facts,
+        table=comparison(facts["evaluation"]),
+        recipe=recipe,
+        fence=fence,
+        auto=("AutoModelForCausalLM" if facts["task"] == "causal-lm" else "AutoModelForSequenceClassification"),
+        masked=any(s["kind"] == "prune" or "Pruning" in (s["facts"].get("techniques") or {}) for s in facts["stages"]),
+        onnx=any(s["kind"] == "export" for s in facts["stages"]),
+    )
 
 
 def comparison(evaluation: dict[str, Any] | None) -> list[list[str]]:
-    """Rows of the before/after table, the header first; [] without an evaluation. Used by the card and the terminal alike."""
+    """Rows of the before/after table, the header first; [] without an evaluation. Used by the card and the terminal
+    alike."""
     if evaluation is None:
         return []
     found: dict[str, dict[str, Any]] = evaluation["artefacts"]
@@ -50,33 +69,64 @@ def comparison(evaluation: dict[str, Any] | None) -> list[list[str]]:
             rows.append([label, *(cell or "-" for cell in cells)])
 
     dense = found["dense"]
-    row("weights on disk", lambda a, n: "bytes" in a and f"{a['bytes'] / 1e6:.1f} MB" + (f" ({dense['bytes'] / a['bytes']:.2f}x smaller)" if n != "dense" else ""))
+    row("weights on disk", lambda a, n: "bytes" in a and f"{a['bytes'] / 1e6:.1f} MB")
+    row("times smaller", lambda a, n: "bytes" in a and n != "dense" and f"{dense['bytes'] / a['bytes']:.2f}x")
     row("parameters", lambda a, n: "parameters" in a and f"{a['parameters'] / 1e6:.1f} M")
-    row("active parameters", lambda a, n: a.get("active_parameters") != a.get("parameters") and f"{a['active_parameters'] / 1e6:.1f} M")
+    row(
+        "active parameters",
+        lambda a, n: a.get("active_parameters") != a.get("parameters") and f"{a['active_parameters'] / 1e6:.1f} M",
+    )
     row("memory after a forward", lambda a, n: "memory_mb" in a and f"{a['memory_mb']:.0f} MiB")
-    row("zeros in the block matrices", lambda a, n: a.get("sparsity") is not None and f"{a['sparsity']:.1%}")
+    row("zeros in block matrices", lambda a, n: a.get("sparsity") is not None and f"{a['sparsity']:.1%}")
     for size in dense.get("latency", {}):
-        row(f"batch {size}: time", lambda a, n, s=size: "{median:.2f} ms (p95 {p95:.2f})".format(**a["latency"][s]["wall_ms"]))
-        row(f"batch {size}: throughput", lambda a, n, s=size: f"{a['latency'][s]['rows_per_second']:.0f} rows/s")
+        row(
+            f"batch {size}, p50 / p95",
+            lambda a, n, s=size: "{median:.2f} / {p95:.2f} ms".format(**a["latency"][s]["wall_ms"]),
+        )
+        row(f"batch {size}, rows / s", lambda a, n, s=size: f"{a['latency'][s]['rows_per_second']:.0f}")
         for clock in ("wall", "cpu"):
-            row(f"batch {size}: faster than dense, {clock} time",
-                lambda a, n, s=size, c=clock: n != "dense" and "{median:.2f}x ({low:.2f} to {high:.2f})".format(**a["latency"][s][f"speedup_{c}"]))
-    row("accuracy", lambda a, n: "accuracy" in a and f"{a['accuracy']['value']:.2%} (n = {a['accuracy']['n']})")
-    row("accuracy difference, paired interval",
-        lambda a, n: "accuracy_difference" in a and "{:+.2f} points ({:+.2f} to {:+.2f})".format(*(100 * a["accuracy_difference"][k] for k in ("value", "low", "high"))))
-    row("perplexity", lambda a, n: "perplexity" in a and f"{a['perplexity']['value']:.2f} ({a['perplexity']['tokens']} tokens)")
-    row("perplexity ratio, paired interval", lambda a, n: "perplexity_difference" in a and "{value:.3f} ({low:.3f} to {high:.3f})".format(**a["perplexity_difference"]))
-    row("KL from the dense model", lambda a, n: "kl_to_dense" in a and f"{a['kl_to_dense']:.4f}")
-    row("same top answer as the dense model", lambda a, n: "agreement" in a and f"{a['agreement']:.2%}")
+            row(
+                f"batch {size}, faster ({clock})",
+                lambda a, n, s=size, c=clock: (
+                    n != "dense" and "{median:.2f}x ({low:.2f}-{high:.2f})".format(**a["latency"][s][f"speedup_{c}"])
+                ),
+            )
+    row("accuracy", lambda a, n: "accuracy" in a and f"{a['accuracy']['value']:.2%}")
+    row("rows measured", lambda a, n: "accuracy" in a and str(a["accuracy"]["n"]))
+    row(
+        "accuracy - dense, points",
+        lambda a, n: (
+            "accuracy_difference" in a
+            and "{:+.2f} ({:+.2f}, {:+.2f})".format(
+                *(100 * a["accuracy_difference"][k] for k in ("value", "low", "high"))
+            )
+        ),
+    )
+    row("perplexity", lambda a, n: "perplexity" in a and f"{a['perplexity']['value']:.2f}")
+    row("tokens measured", lambda a, n: "perplexity" in a and str(a["perplexity"]["tokens"]))
+    row(
+        "perplexity / dense",
+        lambda a, n: (
+            "perplexity_difference" in a and "{value:.3f} ({low:.3f}, {high:.3f})".format(**a["perplexity_difference"])
+        ),
+    )
+    row("KL(dense, it)", lambda a, n: "kl_to_dense" in a and f"{a['kl_to_dense']:.4f}")
+    row("same top answer as dense", lambda a, n: "agreement" in a and f"{a['agreement']:.2%}")
     return rows
 
 
 def _metadata(facts: dict[str, Any]) -> dict[str, Any]:
     base = facts["base_model"] if re.fullmatch(r"[\w.-]+/[\w.-]+", facts["base_model"] or "") else None
     tags = ["hf-compress", *sorted({s["kind"] for s in facts["stages"]})]
-    known = {"library_name": "transformers", "pipeline_tag": PIPELINES[facts["task"]], "license": facts["license"], "base_model": base,
-             "base_model_relation": ("quantized" if facts["container"] else "finetune") if base else None,
-             "datasets": [d for d in facts["datasets"] if re.fullmatch(r"[\w.-]+/[\w.-]+", d)] or None, "tags": tags}
+    known = {
+        "library_name": "transformers",
+        "pipeline_tag": PIPELINES[facts["task"]],
+        "license": facts["license"],
+        "base_model": base,
+        "base_model_relation": ("quantized" if facts["container"] else "finetune") if base else None,
+        "datasets": [d for d in facts["datasets"] if re.fullmatch(r"[\w.-]+/[\w.-]+", d)] or None,
+        "tags": tags,
+    }
     return {key: value for key, value in known.items() if value is not None}
 
 

@@ -16,24 +16,44 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="markdown",
-                  help="Make Transformers models smaller and faster: pruning, distillation and quantization, alone or together.")
-console, errors = Console(), Console(stderr=True)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Make Transformers models smaller and faster: pruning, distillation and quantization, alone or together.",
+)
+console = Console(width=None if sys.stdout.isatty() else 110)
+errors = Console(stderr=True)
 
-RecipeArgument = Annotated[str, typer.Argument(help="a recipe file, or the name of a shipped recipe (see `hf-compress list recipes`)")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="change the recipe: path=value, e.g. stages.distil.args.max_steps=10")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="a recipe file, or the name of a shipped recipe (see `hf-compress list recipes`)")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="change the recipe: path=value, e.g. stages.distil.args.max_steps=10")
+]
 FolderArgument = Annotated[Path, typer.Argument(help="a folder that `hf-compress run` finished")]
 
 
 @app.command()
-def run(recipe: RecipeArgument, output: Annotated[Path, typer.Option(help="folder to make; must not exist yet")],
-        set_: Overrides = None, overwrite: Annotated[bool, typer.Option(help="replace the output folder")] = False) -> None:
-    """Run a recipe: stages, measurements, verification, card. Interrupted? The same command goes on where it stopped."""
+def run(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option(help="folder to make; must not exist yet")],
+    set_: Overrides = None,
+    overwrite: Annotated[bool, typer.Option(help="replace the output folder")] = False,
+) -> None:
+    """Run a recipe: stages, measurements, verification, card. Interrupted? The same command goes on where it
+    stopped."""
     from hf_compress.pipeline import compress
     from hf_compress.recipe import load
 
-    result = compress(load(recipe, set_), output, overwrite=overwrite, command=shlex.join(["hf-compress", *sys.argv[1:]]),
-                      say=lambda text: console.print(f"[bold]> {text}[/bold]"))
+    result = compress(
+        load(recipe, set_),
+        output,
+        overwrite=overwrite,
+        command=shlex.join(["hf-compress", *sys.argv[1:]]),
+        say=lambda text: console.print(f"[bold]> {text}[/bold]"),
+    )
     _show(result.facts)
     console.print(f"\ncard: {result.folder / 'README.md'}")
 
@@ -63,7 +83,9 @@ def card(folder: FolderArgument) -> None:
 
 
 @app.command("list")
-def list_(what: Annotated[str, typer.Argument(help="losses, criteria, backends, families, stages or recipes")]) -> None:
+def list_(
+    what: Annotated[str, typer.Argument(help="losses, criteria, backends, families, stages or recipes")],
+) -> None:
     """Name, one line and paper of everything of a kind."""
     table = Table("name", "what", "paper", box=None)
     for row in listing(what):
@@ -88,7 +110,9 @@ def listing(what: str) -> list[tuple[str, str, str]]:
         return [(name, path.read_text().splitlines()[0].lstrip("# "), "") for name, path in shipped().items()]
     if what == "stages":
         return [(name, (sys.modules[kind.__module__].__doc__ or "").strip(), "") for name, kind in STAGES.items()]
-    raise CompressError(f"nothing to list called {what!r}", next_step=did_you_mean(what, [*registries, "recipes", "stages"]))
+    raise CompressError(
+        f"nothing to list called {what!r}", next_step=did_you_mean(what, [*registries, "recipes", "stages"])
+    )
 
 
 def _facts(folder: Path) -> dict[str, object]:
@@ -98,7 +122,9 @@ def _facts(folder: Path) -> dict[str, object]:
 
     path = folder / "hf_compress.json"
     if not path.is_file():
-        raise CompressError("no hf_compress.json here", where=str(folder), next_step="give a folder that `hf-compress run` finished")
+        raise CompressError(
+            "no hf_compress.json here", where=str(folder), next_step="give a folder that `hf-compress run` finished"
+        )
     found: dict[str, object] = json.loads(path.read_text())
     return found
 
@@ -139,5 +165,11 @@ def main() -> None:
         errors.print("interrupted: run the same command again to go on where it stopped")
         sys.exit(130)
     except OSError as error:
-        errors.print(Panel(f"{error}\n  next: free space or choose another place, then run the same command again to go on", title="hf-compress", border_style="red"))
+        errors.print(
+            Panel(
+                f"{error}\n  next: free space or choose another place, then run the same command again to go on",
+                title="hf-compress",
+                border_style="red",
+            )
+        )
         sys.exit(1)

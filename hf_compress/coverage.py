@@ -17,7 +17,8 @@ class Coverage:
     """Bytes (at the model's dtype before the stage) of the block matrices a stage touched.
 
     share: touched / all attention, FFN and expert matrices. experts: the same over routed experts (None without any).
-    skipped: reason -> names, of everything with two or more dimensions that was not touched (embeddings and router too).
+    skipped: reason -> names, of everything with two or more dimensions that was not touched (embeddings and router
+    too).
     """
 
     touched_bytes: int
@@ -38,20 +39,28 @@ class Coverage:
         return asdict(self) | {"share": self.share, "experts": self.experts}
 
     def require(self, minimum: float, *, where: str) -> None:
-        """Raise a `CompressError` naming what was left out when the share, or the experts' share, is below `minimum`."""
+        """Raise a `CompressError` naming what was left out when the share, or the experts' share, is below
+        `minimum`."""
         low = min(self.share, 1.0 if self.experts is None else self.experts)
         if low < minimum:
-            worst = "; ".join(f"{len(names)} x {reason} (e.g. {names[0]})" for reason, names in self.skipped.items()
-                              if reason not in KEPT.values())
-            raise CompressError(f"covers {low:.1%} of the weights, below min_coverage {minimum:.0%}; left out: {worst}",
-                                where=where, next_step="pick a backend that stores them, or lower min_coverage knowingly")
+            worst = "; ".join(
+                f"{len(names)} x {reason} (e.g. {names[0]})"
+                for reason, names in self.skipped.items()
+                if reason not in KEPT.values()
+            )
+            raise CompressError(
+                f"covers {low:.1%} of the weights, below min_coverage {minimum:.0%}; left out: {worst}",
+                where=where,
+                next_step="pick a backend that stores them, or lower min_coverage knowingly",
+            )
 
 
 KEPT = {"router": "router, kept by design", "embedding": "embedding, kept by design", "head": "head, kept by design"}
 
 
 def coverage(model: nn.Module, touched: Iterable[str], reasons: Mapping[str, str] | None = None) -> Coverage:
-    """Coverage of a stage that touched the weights named in `touched` (`Weight.name`); `reasons`: name -> why it was not."""
+    """Coverage of a stage that touched the weights named in `touched` (`Weight.name`); `reasons`: name -> why it was
+    not."""
     done, why = set(touched), dict(reasons or {})
     touched_bytes = total = experts = experts_total = 0
     skipped: dict[str, list[str]] = {}

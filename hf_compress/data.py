@@ -24,13 +24,23 @@ class Data:
     config: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the Hub"})
     split: str = field(default="train", metadata={"help": "split to train on"})
-    eval_split: str | None = field(default=None, metadata={"help": "split to evaluate on; else eval_size rows of `split` are held out"})
-    eval_size: int | float = field(default=0.1, metadata={"help": "rows (or a share) held out: seeded, stratified by label"})
-    filter: dict[str, Any] = field(default_factory=dict, metadata={"help": "column: value (or list of values) to keep"})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "split to evaluate on; else eval_size rows of `split` are held out"}
+    )
+    eval_size: int | float = field(
+        default=0.1, metadata={"help": "rows (or a share) held out: seeded, stratified by label"}
+    )
+    filter: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "column: value (or list of values) to keep"}
+    )
     text_column: str = field(default="text", metadata={"help": "column with the text"})
-    label_column: str = field(default="label", metadata={"help": "column with the label, integers or strings (classification)"})
+    label_column: str = field(
+        default="label", metadata={"help": "column with the label, integers or strings (classification)"}
+    )
     max_length: int = field(default=512, metadata={"help": "tokens a row is cut to"})
-    packing: bool = field(default=False, metadata={"help": "join texts and cut into rows of max_length (causal models)"})
+    packing: bool = field(
+        default=False, metadata={"help": "join texts and cut into rows of max_length (causal models)"}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "use only so many rows"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate only so many rows"})
     seed: int = field(default=0, metadata={"help": "of the held-out part"})
@@ -46,7 +56,8 @@ class Prepared:
 
 
 class CausalCollator:
-    """Pads rows to the longest and sets labels to -100 at padding only, so a real end-of-text token is still learned."""
+    """Pads rows to the longest and sets labels to -100 at padding only, so a real end-of-text token is still
+    learned."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
@@ -67,10 +78,18 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, *, task: str) -> Pre
     needed = [data.text_column] + ([data.label_column] if task == "text-classification" else [])
     for column in [*needed, *data.filter]:
         if column not in train.column_names:
-            raise CompressError(f"the data has no column {column!r}", where=f"data: {data.id}", next_step="columns: " + ", ".join(train.column_names))
+            raise CompressError(
+                f"the data has no column {column!r}",
+                where=f"data: {data.id}",
+                next_step="columns: " + ", ".join(train.column_names),
+            )
     train = _filtered(train, data)
     if task == "text-classification":
-        train = train.class_encode_column(data.label_column) if not isinstance(train.features[data.label_column], ClassLabel) else train
+        train = (
+            train.class_encode_column(data.label_column)
+            if not isinstance(train.features[data.label_column], ClassLabel)
+            else train
+        )
     if data.eval_split is not None:
         held_out = _filtered(_read(data, data.eval_split), data)
         if task == "text-classification":
@@ -94,14 +113,22 @@ def _read(data: Data, split: str) -> Dataset:
     path = local_path(data.id)
     reader = _READERS.get(Path(path).suffix)
     try:
-        loaded = (load_dataset(reader, data_files=path) if reader and Path(path).exists()
-                  else load_dataset(path, data.config, revision=data.revision))
+        loaded = (
+            load_dataset(reader, data_files=path)
+            if reader and Path(path).exists()
+            else load_dataset(path, data.config, revision=data.revision)
+        )
     except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise CompressError(f"cannot read the data: {str(error).splitlines()[0]}", where=f"data: {data.id}",
-                            next_step="check the path or Hub id (files: " + " ".join(_READERS) + ")") from error
+        raise CompressError(
+            f"cannot read the data: {str(error).splitlines()[0]}",
+            where=f"data: {data.id}",
+            next_step="check the path or Hub id (files: " + " ".join(_READERS) + ")",
+        ) from error
     assert isinstance(loaded, DatasetDict)
     if split not in loaded:
-        raise CompressError(f"the data has no split {split!r}", where=f"data: {data.id}", next_step="splits: " + ", ".join(loaded))
+        raise CompressError(
+            f"the data has no split {split!r}", where=f"data: {data.id}", next_step="splits: " + ", ".join(loaded)
+        )
     return loaded[split]
 
 
@@ -110,13 +137,21 @@ def _filtered(rows: Dataset, data: Data) -> Dataset:
         allowed = set(value) if isinstance(value, list) else {value}
         rows = rows.filter(lambda x, allowed=allowed: x in allowed, input_columns=column, load_from_cache_file=False)
     if len(rows) == 0:
-        raise CompressError("no row is left after the filter", where=f"data.filter {data.filter}", next_step="check the values")
+        raise CompressError(
+            "no row is left after the filter", where=f"data.filter {data.filter}", next_step="check the values"
+        )
     return rows
 
 
 def _tokenized(rows: Dataset, data: Data, tokenizer: PreTrainedTokenizerBase, task: str) -> Dataset:
     def one(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = dict(tokenizer(batch[data.text_column], truncation=not data.packing, max_length=None if data.packing else data.max_length))
+        encoded = dict(
+            tokenizer(
+                batch[data.text_column],
+                truncation=not data.packing,
+                max_length=None if data.packing else data.max_length,
+            )
+        )
         encoded.pop("token_type_ids", None)
         if task == "text-classification":
             encoded["labels"] = batch[data.label_column]

@@ -40,5 +40,7 @@ def require(module: str, *, extra: str, what: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(module) is None:
-        raise CompressError(f"{what} needs the package {module!r}, which is not installed",
-                            next_step=f"pip install 'hf-compress[{extra}]'")
+        raise CompressError(
+            f"{what} needs the package {module!r}, which is not installed",
+            next_step=f"pip install 'hf-compress[{extra}]'",
+        )

@@ -12,14 +12,15 @@ from hf_compress.errors import CompressError
 
 @dataclass(frozen=True)
 class Grid:
-    """Signed codes in [-(2^(bits-1) - 1), 2^(bits-1) - 1]; `group_size` inputs of a row share a scale (None: the whole row)."""
+    """Signed codes in [-(2^(bits-1) - 1), 2^(bits-1) - 1]; `group_size` inputs of a row share a scale (None: the
+    whole row)."""
 
     bits: int
     group_size: int | None = None
 
     @property
     def largest(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def groups(self, matrix: Tensor) -> Tensor:
         """(out, in) -> (out, groups, group) view.
@@ -29,9 +30,13 @@ class Grid:
         """
         size = self.group_size or matrix.shape[1]
         if matrix.shape[1] % size:
-            raise CompressError(f"group size {size} does not divide {matrix.shape[1]} inputs", where="quantization grid",
-                                next_step="pick a divisor of the inputs, or no group size")
-        return matrix.unflatten(1, (-1, size))
+            raise CompressError(
+                f"group size {size} does not divide {matrix.shape[1]} inputs",
+                where="quantization grid",
+                next_step="pick a divisor of the inputs, or no group size",
+            )
+        grouped: Tensor = matrix.unflatten(1, (-1, size))
+        return grouped
 
 
 def scales(matrix: Tensor, grid: Grid) -> Tensor:
@@ -42,16 +47,20 @@ def scales(matrix: Tensor, grid: Grid) -> Tensor:
 
 def codes(matrix: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """clip(round(w / s)): int8 (out, in); 0 stays 0 and |w - code * s| <= s / 2 inside the range."""
-    return (grid.groups(matrix) / scale[..., None]).round().clamp(-grid.largest, grid.largest).flatten(1).to(torch.int8)
+    return (
+        (grid.groups(matrix) / scale[..., None]).round().clamp(-grid.largest, grid.largest).flatten(1).to(torch.int8)
+    )
 
 
 def fake_quantize(matrix: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """code * s in the dtype of `matrix`, (out, in)."""
-    return (codes(matrix, scale, grid).to(matrix.dtype).unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
+    grouped: Tensor = codes(matrix, scale, grid).to(matrix.dtype).unflatten(1, (scale.shape[1], -1))
+    return (grouped * scale[..., None]).flatten(1)
 
 
 def fake_quantize_ste(matrix: Tensor, grid: Grid) -> Tensor:
-    """`fake_quantize` at the absmax scale with the straight-through gradient, d out / d matrix = 1 (nothing is clipped at absmax).
+    """`fake_quantize` at the absmax scale with the straight-through gradient, d out / d matrix = 1 (nothing is
+    clipped at absmax).
 
     Bengio et al. 2013, https://arxiv.org/abs/1308.3432.
     """

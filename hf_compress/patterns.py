@@ -20,27 +20,40 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", pattern)
     if found is None or not 0 < int(found[1]) < int(found[2]):
-        raise CompressError(f"unknown pattern {pattern!r}", where="pattern", next_step="unstructured, or N:M with 0 < N < M, such as 2:4")
+        raise CompressError(
+            f"unknown pattern {pattern!r}",
+            where="pattern",
+            next_step="unstructured, or N:M with 0 < N < M, such as 2:4",
+        )
     return int(found[1]), int(found[2])
 
 
 def mask_of(scores: Tensor, *, sparsity: float, pattern: str = "unstructured", group: str = "layer") -> Tensor:
     """Boolean mask (out, in), True = keep the highest scores.
 
-    unstructured: exactly ``round(sparsity * n)`` of each comparison group of n scores is dropped, a group being the whole matrix
-    (``layer``) or each row (``row``). N:M: in every M consecutive inputs of a row, ``floor(sparsity * M)`` is dropped, at most M - N.
+    unstructured: exactly ``round(sparsity * n)`` of each comparison group of n scores is dropped, a group being the
+    whole matrix (``layer``) or each row (``row``). N:M: in every M consecutive inputs of a row, ``floor(sparsity *
+    M)`` is dropped, at most M - N.
     Ties: the lower index is kept, so equal input gives equal masks.
 
     Raises:
         CompressError: M does not divide the inputs; scores that are not finite.
     """
     if not torch.isfinite(scores).all():
-        raise CompressError("importance scores are not finite", where="mask_of", next_step="look for NaN in the weights or calibration data")
+        raise CompressError(
+            "importance scores are not finite",
+            where="mask_of",
+            next_step="look for NaN in the weights or calibration data",
+        )
     nm = parse_pattern(pattern)
     if nm is not None:
         keep, of = nm
         if scores.shape[1] % of:
-            raise CompressError(f"{of} does not divide {scores.shape[1]} inputs", where=f"pattern {pattern}", next_step="skip this weight, or use unstructured")
+            raise CompressError(
+                f"{of} does not divide {scores.shape[1]} inputs",
+                where=f"pattern {pattern}",
+                next_step="skip this weight, or use unstructured",
+            )
         rows, drop = scores.reshape(-1, of), min(of - keep, int(sparsity * of + 1e-9))
     else:
         rows = scores if group == "row" else scores.reshape(1, -1)

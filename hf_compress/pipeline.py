@@ -20,7 +20,8 @@ import hf_compress
 from hf_compress.backends import backends
 from hf_compress.card import write_card
 from hf_compress.errors import CompressError
-from hf_compress.evaluate import evaluate, machine_facts, save_facts
+from hf_compress.evaluate import evaluate
+from hf_compress.evaluate.cost import machine_facts
 from hf_compress.recipe import NamedStage, Recipe
 from hf_compress.source import ModelSource, load_model, read_config, task_of
 from hf_compress.stages import Done, Work
@@ -38,18 +39,27 @@ class Result:
     facts: dict[str, Any]
 
 
-def compress(recipe: Recipe, output: str | Path, *, overwrite: bool = False, command: str = "", say: Callable[[str], None] = lambda _: None) -> Result:
+def compress(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    say: Callable[[str], None] = lambda _: None,
+) -> Result:
     """Run every stage, then measure, verify and describe the result.
 
-    Work happens in a hidden sibling of `output`; the finished folder gets its name at the end by a rename. Run again after an interruption:
-    finished stages are not redone, and training goes on from its last checkpoint.
+    Work happens in a hidden sibling of `output`; the finished folder gets its name at the end by a rename. Run again
+    after an interruption: finished stages are not redone, and training goes on from its last checkpoint.
 
     Raises:
         CompressError: the output exists; whatever a stage, the evaluation or `verify` finds wrong.
     """
     output = Path(output).absolute()
     if output.exists() and not overwrite:
-        raise CompressError("the output folder exists", where=str(output), next_step="choose another --output, or pass --overwrite")
+        raise CompressError(
+            "the output folder exists", where=str(output), next_step="choose another --output, or pass --overwrite"
+        )
     config = read_config(recipe.model)
     task = task_of(recipe.model, config)
     room = output.parent / f".{output.name}.work"
@@ -64,7 +74,12 @@ def compress(recipe: Recipe, output: str | Path, *, overwrite: bool = False, com
         model, tokenizer = load_model(recipe.model, seed=recipe.seed)
         source.save(Done(model), tokenizer, {"kind": "source", "seconds": 0.0})
         del model
-    checkpoint, places, extras, records = source.checkpoint, {"source": str(source.checkpoint)}, dict[str, Path](), list[dict[str, Any]]()
+    checkpoint, places, extras, records = (
+        source.checkpoint,
+        {"source": str(source.checkpoint)},
+        dict[str, Path](),
+        list[dict[str, Any]](),
+    )
     places["dense"] = places["source"]
     quantized = ""
     model_now: PreTrainedModel | None = None
@@ -80,9 +95,19 @@ def compress(recipe: Recipe, output: str | Path, *, overwrite: bool = False, com
                 work.__dict__["model"] = model_now
             started = time.time()
             done = named.stage.run(work)
-            finished.save(done, work.tokenizer, {"name": named.name, "kind": named.kind, "seconds": round(time.time() - started, 1), "facts": done.facts,
-                                                 "coverage": done.coverage.as_facts() if done.coverage else None, "quantized": done.quantized,
-                                                 "extras": sorted(done.extras)})
+            finished.save(
+                done,
+                work.tokenizer,
+                {
+                    "name": named.name,
+                    "kind": named.kind,
+                    "seconds": round(time.time() - started, 1),
+                    "facts": done.facts,
+                    "coverage": done.coverage.as_facts() if done.coverage else None,
+                    "quantized": done.quantized,
+                    "extras": sorted(done.extras),
+                },
+            )
             model_now = done.model
         record = finished.record
         records.append(record)
@@ -100,15 +125,34 @@ def compress(recipe: Recipe, output: str | Path, *, overwrite: bool = False, com
     work = _work(recipe, task, final, room / "evaluation", places, quantized)
     write_expectation(work.model, final)
     facts: dict[str, Any] = {
-        "name": recipe.name, "command": command, "recipe": recipe.raw, "seed": recipe.seed, "license": recipe.license, "task": task,
-        "base_model": recipe.model.id, "datasets": [recipe.data.id] if recipe.data else [], "stages": records, "machine": machine_facts(),
-        "versions": {"hf_compress": hf_compress.__version__} | {name: version(name) for name in LIBRARIES}, "container": _container(recipe), "evaluation": None}
+        "name": recipe.name,
+        "command": command,
+        "recipe": recipe.raw,
+        "seed": recipe.seed,
+        "license": recipe.license,
+        "task": task,
+        "base_model": recipe.model.id,
+        "datasets": [recipe.data.id] if recipe.data else [],
+        "stages": records,
+        "machine": machine_facts(),
+        "versions": {"hf_compress": hf_compress.__version__} | {name: version(name) for name in LIBRARIES},
+        "container": _container(recipe),
+        "evaluation": None,
+    }
     if recipe.evaluate is not None:
         say("measuring")
-        facts["evaluation"] = evaluate(final, places["dense"], spec=recipe.evaluate, prepared=work.prepared, task=task, scratch=room / "evaluation", seed=recipe.seed)
+        facts["evaluation"] = evaluate(
+            final,
+            places["dense"],
+            spec=recipe.evaluate,
+            prepared=work.prepared,
+            task=task,
+            scratch=room / "evaluation",
+            seed=recipe.seed,
+        )
     say("verifying in a fresh process")
     facts["verify"] = verify(final)[str(final)]
-    save_facts(facts, final / FACTS)
+    _save_facts(facts, final / FACTS)
     write_card(final)
     if output.exists():
         shutil.rmtree(output)
@@ -135,15 +179,21 @@ def _container(recipe: Recipe) -> dict[str, str] | None:
 
 @dataclass(frozen=True)
 class _Finished:
-    """Where one stage's result lies: ``<number>-<name>-<fingerprint of the recipe up to here>/checkpoint`` and ``record.json``."""
+    """Where one stage's result lies: ``<number>-<name>-<fingerprint of the recipe up to here>/checkpoint`` and
+    ``record.json``."""
 
     folder: Path
 
     @staticmethod
     def stage(room: Path, recipe: Recipe, index: int) -> _Finished:
         named: list[NamedStage] = recipe.stages[: index + 1]
-        known = [recipe.raw["model"], recipe.seed, recipe.raw.get("data") if index >= 0 else None, recipe.raw["stages"][: index + 1],
-                 recipe.baseline if recipe.baseline in {s.name for s in named} else "source"]
+        known = [
+            recipe.raw["model"],
+            recipe.seed,
+            recipe.raw.get("data") if index >= 0 else None,
+            recipe.raw["stages"][: index + 1],
+            recipe.baseline if recipe.baseline in {s.name for s in named} else "source",
+        ]
         digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:12]
         return _Finished(room / f"{index + 1}-{named[-1].name if named else 'source'}-{digest}")
 
@@ -180,9 +230,13 @@ class _Finished:
                 tokenizer.save_pretrained(made / "checkpoint")
         for name, folder in done.extras.items():
             folder.rename(made / name)
-        save_facts(record, made / "record.json")
+        _save_facts(record, made / "record.json")
         made.rename(self.folder)
         shutil.rmtree(running)
 
 
-__all__ = ["FACTS", "Result", "compress"]
+def _save_facts(facts: dict[str, Any], path: Path) -> None:
+    """Write JSON through a temporary sibling, so that a full disk leaves no half file under the final name."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(facts, indent=2))
+    temporary.rename(path)

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -17,8 +17,6 @@ from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.evaluate import Evaluate
 from hf_compress.source import ModelSource
 from hf_compress.stages import STAGES, Stage
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -34,8 +32,8 @@ class NamedStage:
 class Recipe:
     """A whole recipe.
 
-    baseline: the stage whose result counts as the dense model, the one that is distilled from (`teacher_model: dense`) and compared with;
-    ``source``: the model as it came. license: of the result, for the card.
+    baseline: the stage whose result counts as the dense model, the one that is distilled from (`teacher_model:
+    dense`) and compared with; ``source``: the model as it came. license: of the result, for the card.
     """
 
     name: str
@@ -49,7 +47,16 @@ class Recipe:
     raw: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
-_SECTIONS = {"name": str, "model": ModelSource, "data": Data, "stages": list, "evaluate": Evaluate, "baseline": str, "seed": int, "license": str}
+_SECTIONS = {
+    "name": str,
+    "model": ModelSource,
+    "data": Data,
+    "stages": list,
+    "evaluate": Evaluate,
+    "baseline": str,
+    "seed": int,
+    "license": str,
+}
 
 
 def shipped() -> dict[str, Path]:
@@ -60,20 +67,28 @@ def shipped() -> dict[str, Path]:
 
 
 def load(path: str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file, or a shipped recipe by name, with ``path=value`` overrides (``stages.distil.args.max_steps=10``).
+    """Read a recipe file, or a shipped recipe by name, with ``path=value`` overrides
+    (``stages.distil.args.max_steps=10``).
 
     Raises:
-        CompressError: no such file; not YAML; unknown keys, types, stages, criteria, backends; an order of stages that cannot work.
+        CompressError: no such file; not YAML; unknown keys, types, stages, criteria, backends; an order of stages
+        that cannot work.
     """
     file = Path(path) if Path(path).suffix in {".yaml", ".yml"} else shipped().get(path, Path(path))
     if not file.is_file():
-        raise CompressError(f"no recipe {path!r}", where=str(file), next_step="a .yaml file, or a shipped one: " + ", ".join(shipped()))
+        raise CompressError(
+            f"no recipe {path!r}", where=str(file), next_step="a .yaml file, or a shipped one: " + ", ".join(shipped())
+        )
     try:
         raw = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise CompressError("the recipe is not YAML", where=f"{file}: {str(error).splitlines()[-1].strip()}") from error
+        raise CompressError(
+            "the recipe is not YAML", where=f"{file}: {str(error).splitlines()[-1].strip()}"
+        ) from error
     if not isinstance(raw, dict):
-        raise CompressError("a recipe is a mapping of sections", where=str(file), next_step="sections: " + ", ".join(_SECTIONS))
+        raise CompressError(
+            "a recipe is a mapping of sections", where=str(file), next_step="sections: " + ", ".join(_SECTIONS)
+        )
     for override in overrides or []:
         _override(raw, override)
     return parse(raw)
@@ -83,7 +98,9 @@ def parse(raw: dict[str, Any]) -> Recipe:
     """Check a mapping and build the recipe; see `load`."""
     for key in raw:
         if key not in _SECTIONS:
-            raise CompressError(f"unknown section {key!r}", where="recipe", next_step=did_you_mean(str(key), _SECTIONS))
+            raise CompressError(
+                f"unknown section {key!r}", where="recipe", next_step=did_you_mean(str(key), _SECTIONS)
+            )
     for key in ("name", "model", "stages"):
         if key not in raw:
             raise CompressError(f"the recipe has no {key!r}", where="recipe")
@@ -92,30 +109,51 @@ def parse(raw: dict[str, Any]) -> Recipe:
         entry = {entry: {}} if isinstance(entry, str) else dict(entry)
         name = entry.pop("name", None)
         if len(entry) != 1:
-            raise CompressError("a stage is one kind and its options (and a name)", where=f"stages[{index}]", next_step="kinds: " + ", ".join(STAGES))
+            raise CompressError(
+                "a stage is one kind and its options (and a name)",
+                where=f"stages[{index}]",
+                next_step="kinds: " + ", ".join(STAGES),
+            )
         ((kind, options),) = entry.items()
         if kind not in STAGES:
-            raise CompressError(f"unknown stage {kind!r}", where=f"stages[{index}]", next_step=did_you_mean(kind, STAGES))
+            raise CompressError(
+                f"unknown stage {kind!r}", where=f"stages[{index}]", next_step=did_you_mean(kind, STAGES)
+            )
         stage = _build(STAGES[kind], options or {}, f"stages[{index}].{kind}")
         stage.check([s.kind for s in stages], where=f"stages[{index}].{kind}")
         name = name or (kind if all(s.name != kind for s in stages) else f"{kind}-{index + 1}")
-        if name in {s.name for s in stages} | {"source", "dense"} or not str(name).replace("-", "").replace("_", "").isalnum():
+        if (
+            name in {s.name for s in stages} | {"source", "dense"}
+            or not str(name).replace("-", "").replace("_", "").isalnum()
+        ):
             raise CompressError(f"stage name {name!r} is taken or not a plain word", where=f"stages[{index}].name")
         stages.append(NamedStage(name, kind, stage))
-    built = {key: _build(_SECTIONS[key], raw[key], key) for key in ("model", "data", "evaluate") if raw.get(key) is not None}
-    plain = {key: _typed(_SECTIONS[key], raw[key], key) for key in ("name", "baseline", "seed", "license") if raw.get(key) is not None}
+    built: dict[str, Any] = {
+        key: _build(_SECTIONS[key], raw[key], key) for key in ("model", "data", "evaluate") if raw.get(key) is not None
+    }
+    plain = {
+        key: _typed(_SECTIONS[key], raw[key], key)
+        for key in ("name", "baseline", "seed", "license")
+        if raw.get(key) is not None
+    }
     recipe = Recipe(stages=stages, raw=raw, **built, **plain)
     names = ["source", *(s.name for s in stages)]
     if recipe.baseline not in names:
-        raise CompressError(f"baseline {recipe.baseline!r} is no stage", where="baseline", next_step=did_you_mean(recipe.baseline, names))
+        raise CompressError(
+            f"baseline {recipe.baseline!r} is no stage",
+            where="baseline",
+            next_step=did_you_mean(recipe.baseline, names),
+        )
     if recipe.evaluate is not None:
         recipe.evaluate.check()
-    if recipe.data is None and (any(s.kind == "train" for s in stages) or (recipe.evaluate and "quality" in recipe.evaluate.metrics)):
+    if recipe.data is None and (
+        any(s.kind == "train" for s in stages) or (recipe.evaluate and "quality" in recipe.evaluate.metrics)
+    ):
         raise CompressError("training and measuring quality need data", where="data", next_step="add a data: section")
     return recipe
 
 
-def _build(kind: type[T], options: Any, where: str) -> T:
+def _build(kind: Any, options: Any, where: str) -> Any:
     """A dataclass from a mapping: unknown keys and wrong types are errors with their path."""
     _check_keys(kind, options, where)
     return _typed(kind, options, where)
@@ -128,7 +166,9 @@ def _check_keys(kind: Any, options: Any, where: str) -> None:
     known = {f.name for f in dataclasses.fields(kind)}
     for key, value in options.items():
         if key not in known:
-            raise CompressError(f"unknown key {key!r}", where=f"{where}.{key}", next_step=did_you_mean(str(key), known))
+            raise CompressError(
+                f"unknown key {key!r}", where=f"{where}.{key}", next_step=did_you_mean(str(key), known)
+            )
         inner = next((t for t in typing.get_args(hints[key]) if dataclasses.is_dataclass(t)), None)
         if inner is not None and value is not None:
             _check_keys(inner, value, f"{where}.{key}")
@@ -153,17 +193,27 @@ def _words(value: Any) -> set[Any]:
 def _override(raw: dict[str, Any], text: str) -> None:
     path, equals, value = text.partition("=")
     if not equals:
-        raise CompressError(f"--set takes path=value, not {text!r}", where="--set", next_step="for example --set model.id=my-org/my-model")
+        raise CompressError(
+            f"--set takes path=value, not {text!r}",
+            where="--set",
+            next_step="for example --set model.id=my-org/my-model",
+        )
     node: Any = raw
     keys = path.split(".")
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
-            match = [i for i, entry in enumerate(node) if key in (str(i), entry.get("name") if isinstance(entry, dict) else entry)]
+            match = [
+                i
+                for i, entry in enumerate(node)
+                if key in (str(i), entry.get("name") if isinstance(entry, dict) else entry)
+            ]
             if not match:
                 match = [i for i, entry in enumerate(node) if isinstance(entry, dict) and key in entry]
             if not match:
-                raise CompressError(f"no stage {key!r}", where=f"--set {text}", next_step="name a stage by its name, kind or number")
+                raise CompressError(
+                    f"no stage {key!r}", where=f"--set {text}", next_step="name a stage by its name, kind or number"
+                )
             entry = node[match[0]]
             node = entry if last or keys[depth + 1] in entry else next(v for k, v in entry.items() if k != "name")
         elif last:

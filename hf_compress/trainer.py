@@ -1,4 +1,5 @@
-"""transformers' Trainer with techniques: each adds its terms to the loss and lives through attach, prepare, step, save, resume, finalize."""
+"""transformers' Trainer with techniques: each adds its terms to the loss and lives through attach, prepare, step,
+save, resume, finalize."""
 
 from __future__ import annotations
 
@@ -24,10 +25,12 @@ STATE_FILE = "compression_state.safetensors"
 
 
 class CompressionTrainer(Trainer):
-    """``CompressionTrainer(model, techniques=[Distillation("org/teacher"), Pruning(sparsity=0.5)], args=TrainingArguments("out"), ...)``.
+    """``CompressionTrainer(model, techniques=[Distillation("org/teacher"), Pruning(sparsity=0.5)],
+    args=TrainingArguments("out"), ...)``.
 
-    loss = task_weight * task + the sum of the techniques' terms, each a sum over label positions (examples, for a classifier) divided by their
-    number in the whole accumulated batch on all ranks: n micro-batches of 1 train as 1 of n does. `eval_loss` is the task loss alone.
+    loss = task_weight * task + the sum of the techniques' terms, each a sum over label positions (examples, for a
+    classifier) divided by their number in the whole accumulated batch on all ranks: n micro-batches of 1 train as 1
+    of n does. `eval_loss` is the task loss alone.
 
     Args:
         techniques: in any order; the order changes nothing.
@@ -35,15 +38,27 @@ class CompressionTrainer(Trainer):
         others: as `transformers.Trainer`.
 
     Raises:
-        CompressError: DeepSpeed, FSDP or label smoothing are asked for; whatever a technique finds wrong before training.
+        CompressError: DeepSpeed, FSDP or label smoothing are asked for; whatever a technique finds wrong before
+        training.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model: nn.Module, *, techniques: Sequence[Technique] = (), task_weight: float = 1.0, args: TrainingArguments, **others: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        techniques: Sequence[Technique] = (),
+        task_weight: float = 1.0,
+        args: TrainingArguments,
+        **others: Any,
+    ) -> None:
         if args.deepspeed or args.fsdp or args.label_smoothing_factor:
-            raise CompressError("DeepSpeed, FSDP and label smoothing have not been shown to work with techniques", where="TrainingArguments",
-                                next_step="train on one device or with plain DDP (torchrun), without label smoothing")
+            raise CompressError(
+                "DeepSpeed, FSDP and label smoothing have not been shown to work with techniques",
+                where="TrainingArguments",
+                next_step="train on one device or with plain DDP (torchrun), without label smoothing",
+            )
         self.techniques, self.task_weight = sorted(techniques, key=lambda t: type(t).__name__), task_weight
         self._logged: dict[str, Tensor] = {}
         self._logged_steps = 0
@@ -65,7 +80,7 @@ class CompressionTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         made = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         own = [p for technique in self.techniques for p in technique.parameters()]
         if own and not made:
             optimizer.add_param_group({"params": own, "weight_decay": 0.0})
@@ -75,12 +90,20 @@ class CompressionTrainer(Trainer):
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         labels = [batch["labels"] for batch in batch_samples]
-        count = torch.tensor(sum(int((x[..., 1:] != -100).sum()) if self._causal else len(x) for x in labels), device=device)
+        count = torch.tensor(
+            sum(int((x[..., 1:] != -100).sum()) if self._causal else len(x) for x in labels), device=device
+        )
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count.clamp_min(1)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         labels = inputs["labels"]
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], labels.device)
@@ -99,7 +122,9 @@ class CompressionTrainer(Trainer):
         terms = {"task": self.task_weight * task}
         for technique in self.techniques:
             terms |= technique.loss_terms(step)
-        factor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # DDP averages what is already divided by all
+        factor = (
+            self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        )  # DDP averages what is already divided by all
         if model.training:
             for name, value in terms.items():
                 self._logged[name] = self._logged.get(name, 0.0) + value.detach() * factor
@@ -115,7 +140,10 @@ class CompressionTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._logged:
             steps = max(1, self.state.global_step - self._logged_steps)
-            logs |= {f"loss_{name}": float(self.accelerator.gather(value.reshape(1)).mean()) / steps for name, value in sorted(self._logged.items())}
+            logs |= {
+                f"loss_{name}": float(self.accelerator.gather(value.reshape(1)).mean()) / steps
+                for name, value in sorted(self._logged.items())
+            }
             self._logged = {}
         if "eval_loss" in logs:
             logs |= {f"eval_{name}": float(torch.stack(values).mean()) for name, values in self._eval_logged.items()}
@@ -124,7 +152,9 @@ class CompressionTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         outcome = super().train(*args, **kwargs)
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # else its forward stays inside bf16 autocast for ever
+        self.accelerator.unwrap_model(
+            self.model, keep_fp32_wrapper=False
+        )  # else its forward stays inside bf16 autocast for ever
         for technique in self.techniques:
             technique.finalize(self.model)
         return outcome
@@ -138,7 +168,11 @@ class CompressionTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            tensors = {f"{type(t).__name__}/{k}": v.detach().cpu().contiguous() for t in self.techniques for k, v in t.state().items()}
+            tensors = {
+                f"{type(t).__name__}/{k}": v.detach().cpu().contiguous()
+                for t in self.techniques
+                for k, v in t.state().items()
+            }
             save_file(tensors, folder / STATE_FILE, {"techniques": self._signature()})
         super()._save_checkpoint(model, trial)
 
@@ -156,27 +190,38 @@ class CompressionTrainer(Trainer):
         self._load_state(Path(best))
 
     def _load_weights(self, folder: str) -> None:
-        """Through from_pretrained: the raw state dict holds experts one by one, and loading it leaves the stacked ones as they were."""
+        """Through from_pretrained: the raw state dict holds experts one by one, and loading it leaves the stacked
+        ones as they were."""
         if hasattr(self.model, "peft_config"):
             super()._load_from_checkpoint(folder)
             return
         student = self._student
         saved, info = type(student).from_pretrained(folder, dtype=student.dtype, output_loading_info=True)
         if info["missing_keys"] or info["mismatched_keys"]:
-            raise CompressError("the checkpoint lacks weights of the model", where=folder,
-                                next_step="missing: " + ", ".join(sorted(info["missing_keys"])[:5]))
+            raise CompressError(
+                "the checkpoint lacks weights of the model",
+                where=folder,
+                next_step="missing: " + ", ".join(sorted(info["missing_keys"])[:5]),
+            )
         student.load_state_dict(saved.state_dict())
 
     def _load_state(self, folder: Path) -> None:
         if not (folder / STATE_FILE).exists():
-            raise CompressError("the checkpoint holds no state of the techniques", where=str(folder), next_step="resume a run of CompressionTrainer")
+            raise CompressError(
+                "the checkpoint holds no state of the techniques",
+                where=str(folder),
+                next_step="resume a run of CompressionTrainer",
+            )
         from safetensors import safe_open
 
         with safe_open(folder / STATE_FILE, "pt") as opened:
             before = opened.metadata()["techniques"]
         if before != self._signature():
-            raise CompressError(f"the checkpoint was written with the techniques {before}, this run has {self._signature()}", where=str(folder),
-                                next_step="resume with the same techniques, or start a new run")
+            raise CompressError(
+                f"the checkpoint was written with the techniques {before}, this run has {self._signature()}",
+                where=str(folder),
+                next_step="resume with the same techniques, or start a new run",
+            )
         tensors = load_file(folder / STATE_FILE)
         for technique in self.techniques:
             prefix = f"{type(technique).__name__}/"
@@ -184,12 +229,15 @@ class CompressionTrainer(Trainer):
 
 
 class _OwnParameters(TrainerCallback):
-    """The techniques' own parameters are outside the model: average their gradients over ranks, clip them as a group, zero them."""
+    """The techniques' own parameters are outside the model: average their gradients over ranks, clip them as a group,
+    zero them."""
 
     def __init__(self, techniques: Sequence[Technique]) -> None:
         self.techniques = techniques
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         own = [p for technique in self.techniques for p in technique.parameters() if p.grad is not None]
         if own and torch.distributed.is_initialized():
             for parameter in own:
@@ -199,7 +247,9 @@ class _OwnParameters(TrainerCallback):
         if own and args.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(own, args.max_grad_norm)
 
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for technique in self.techniques:
             for parameter in technique.parameters():
                 parameter.grad = None  # the Trainer zeroes the model's only
@@ -208,8 +258,17 @@ class _OwnParameters(TrainerCallback):
 class DistillationTrainer(CompressionTrainer):
     """``DistillationTrainer(student, teacher_model="org/teacher", temperature=2.0, args=..., train_dataset=...)``."""
 
-    def __init__(self, model: nn.Module, teacher_model: Any, *, techniques: Sequence[Technique] = (), loss: str = "forward_kl",
-                 temperature: float = 2.0, hidden_weight: float = 0.0, **others: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher_model: Any,
+        *,
+        techniques: Sequence[Technique] = (),
+        loss: str = "forward_kl",
+        temperature: float = 2.0,
+        hidden_weight: float = 0.0,
+        **others: Any,
+    ) -> None:
         first = Distillation(teacher_model, loss=loss, temperature=temperature, hidden_weight=hidden_weight)
         super().__init__(model, techniques=[first, *techniques], **others)
 
@@ -217,13 +276,29 @@ class DistillationTrainer(CompressionTrainer):
 class PruningTrainer(CompressionTrainer):
     """``PruningTrainer(model, sparsity=0.5, pattern="2:4", args=..., train_dataset=...)``."""
 
-    def __init__(self, model: nn.Module, *, sparsity: float, pattern: str = "unstructured", schedule: str = "cubic",
-                 techniques: Sequence[Technique] = (), **others: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sparsity: float,
+        pattern: str = "unstructured",
+        schedule: str = "cubic",
+        techniques: Sequence[Technique] = (),
+        **others: Any,
+    ) -> None:
         super().__init__(model, techniques=[Pruning(sparsity, pattern, schedule=schedule), *techniques], **others)
 
 
 class QATTrainer(CompressionTrainer):
     """``QATTrainer(model, bits=4, group_size=32, args=..., train_dataset=...)``."""
 
-    def __init__(self, model: nn.Module, *, bits: int, group_size: int | None = None, techniques: Sequence[Technique] = (), **others: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        bits: int,
+        group_size: int | None = None,
+        techniques: Sequence[Technique] = (),
+        **others: Any,
+    ) -> None:
         super().__init__(model, techniques=[QAT(bits, group_size), *techniques], **others)

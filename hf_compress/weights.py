@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -61,8 +62,11 @@ class Weight:
             CompressError: the values are packed by a quantizer.
         """
         if not self.whole.is_floating_point():
-            raise CompressError("this weight is packed by a quantizer and has no matrix to change", where=self.name,
-                                next_step="prune, shrink and QAT come before `quantize` in a recipe")
+            raise CompressError(
+                "this weight is packed by a quantizer and has no matrix to change",
+                where=self.name,
+                next_step="prune, shrink and QAT come before `quantize` in a recipe",
+            )
         return self.of(self.whole.data)
 
     @property
@@ -78,8 +82,11 @@ class Weight:
 
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside wrappers (DDP's ``module``, peft's ``get_base_model``)."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "module", model)
+    base: PreTrainedModel = (
+        inner.get_base_model() if "PeftModel" in {k.__name__ for k in type(inner).__mro__} else inner
+    )
+    return base
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
@@ -93,8 +100,8 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 def weights(model: nn.Module, kinds: Iterable[str] = COMPRESSIBLE) -> list[Weight]:
     """Every parameter with two or more dimensions whose kind is in `kinds`, in the order of the model.
 
-    Stacked experts give one `Weight` an expert; a tied matrix is given once, as the embedding; LoRA's own matrices are not
-    weights of the model. Names are those of the plain model even inside peft. Works on the meta device.
+    Stacked experts give one `Weight` an expert; a tied matrix is given once, as the embedding; LoRA's own matrices
+    are not weights of the model. Names are those of the plain model even inside peft. Works on the meta device.
 
     Raises:
         CompressError: no family describes the architecture, or the family is refused.
@@ -112,20 +119,28 @@ def weights(model: nn.Module, kinds: Iterable[str] = COMPRESSIBLE) -> list[Weigh
         block: int | None = None
         local = ""
         if module_name.startswith(prefix):
-            index, _, local = module_name[len(prefix):].partition(".")
+            index, _, local = module_name[len(prefix) :].partition(".")
             block = int(index)
         for attribute, parameter in module._parameters.items():
             if parameter is None or parameter.dim() < 2 or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            kind = ("embedding" if isinstance(module, nn.Embedding) or module is embedding
-                    else "head" if block is None or module is head else _kind_in_block(family, local))
+            kind = (
+                "embedding"
+                if isinstance(module, nn.Embedding) or module is embedding
+                else "head"
+                if block is None or module is head
+                else _kind_in_block(family, local)
+            )
             if kind not in wanted:
                 continue
             key = f"{module_name}.{attribute}"
             one = Weight(key, key, module, attribute, module_name, kind, block, None, isinstance(module, Conv1D))
             if parameter.dim() == 3 and kind == "expert":
-                found += [Weight(f"{key}.{e}", key, module, attribute, module_name, kind, block, e) for e in range(len(parameter))]
+                found += [
+                    Weight(f"{key}.{e}", key, module, attribute, module_name, kind, block, e)
+                    for e in range(len(parameter))
+                ]
             else:
                 found.append(one)
     return found

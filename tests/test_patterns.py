@@ -10,7 +10,8 @@ from hf_compress.errors import CompressError
 from hf_compress.patterns import mask_of, parse_pattern
 
 scores = st.tuples(st.integers(1, 9), st.integers(1, 8), st.integers(0, 10_000)).map(
-    lambda t: torch.randint(0, 5, (t[0], 4 * t[1]), generator=torch.Generator().manual_seed(t[2])).float())
+    lambda t: torch.randint(0, 5, (t[0], 4 * t[1]), generator=torch.Generator().manual_seed(t[2])).float()
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -20,7 +21,9 @@ def test_density_is_exact_in_every_group(matrix: torch.Tensor, sparsity: float, 
     counts = (~mask).sum(1) if group == "row" else (~mask).sum()[None]
     size = matrix.shape[1] if group == "row" else matrix.numel()
     assert (counts == round(sparsity * size)).all()
-    for row_scores, row_mask in zip(matrix if group == "row" else [matrix.flatten()], mask if group == "row" else [mask.flatten()], strict=True):
+    for row_scores, row_mask in zip(
+        matrix if group == "row" else [matrix.flatten()], mask if group == "row" else [mask.flatten()], strict=True
+    ):
         if row_mask.any() and (~row_mask).any():
             assert row_scores[row_mask].min() >= row_scores[~row_mask].max()
 
@@ -57,7 +60,11 @@ def test_a_group_that_does_not_divide_and_nan_are_refused() -> None:
 
 def test_wanda_with_equal_inputs_is_magnitude_per_row_and_ignores_the_scale_of_inputs() -> None:
     weight, norm = torch.randn(8, 16), torch.rand(16) + 0.1
+
     def score(x: torch.Tensor) -> torch.Tensor:
         return mask_of(criteria["wanda"](weight, Statistics(input_norm=x)), sparsity=0.5, group="row")
-    assert torch.equal(score(torch.full((16,), 3.0)), mask_of(criteria["magnitude"](weight, Statistics()), sparsity=0.5, group="row"))
+
+    assert torch.equal(
+        score(torch.full((16,), 3.0)), mask_of(criteria["magnitude"](weight, Statistics()), sparsity=0.5, group="row")
+    )
     assert torch.equal(score(norm), score(norm * 7))

@@ -39,7 +39,9 @@ def test_conv1d_is_given_as_out_in() -> None:
 
 
 def test_tied_head_is_given_once() -> None:
-    assert [w.name for w in weights(tiny("llama", tie_word_embeddings=True), ["embedding", "head"])] == ["model.embed_tokens.weight"]
+    assert [w.name for w in weights(tiny("llama", tie_word_embeddings=True), ["embedding", "head"])] == [
+        "model.embed_tokens.weight"
+    ]
 
 
 def test_names_are_those_of_the_plain_model_inside_peft() -> None:
@@ -51,7 +53,11 @@ def test_names_are_those_of_the_plain_model_inside_peft() -> None:
 
 def test_coverage_counts_experts_apart_and_names_what_is_left() -> None:
     model = tiny("deepseek_v3")
-    found = coverage(model, [w.name for w in weights(model) if w.kind != "expert"], {w.name: "stacked" for w in weights(model, ["expert"])})
+    found = coverage(
+        model,
+        [w.name for w in weights(model) if w.kind != "expert"],
+        {w.name: "stacked" for w in weights(model, ["expert"])},
+    )
     assert found.experts == 0.0
     assert 0 < found.share < 1
     assert len(found.skipped["stacked"]) == 8

@@ -24,14 +24,34 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
     longest = max(len(r["input_ids"]) for r in batch)
     ids = torch.tensor([r["input_ids"] + [0] * (longest - len(r["input_ids"])) for r in batch])
     mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch])
-    labels = torch.tensor([r["labels"] for r in batch]) if isinstance(batch[0]["labels"], int) else ids.masked_fill(mask == 0, -100)
+    labels = (
+        torch.tensor([r["labels"] for r in batch])
+        if isinstance(batch[0]["labels"], int)
+        else ids.masked_fill(mask == 0, -100)
+    )
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def trainer(model: PreTrainedModel, folder: Path, techniques: list[Technique], **args: Any) -> CompressionTrainer:
     task_weight = args.pop("task_weight", 1.0)
-    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True, "dataloader_pin_memory": False,
-                "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "lr_scheduler_type": "constant"}
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    }
     data = rows(classes=model.config.model_type == "bert")
-    return CompressionTrainer(model, techniques=techniques, task_weight=task_weight, args=TrainingArguments(str(folder), **(settings | args)),
-                              train_dataset=data, eval_dataset=data, data_collator=collate)
+    return CompressionTrainer(
+        model,
+        techniques=techniques,
+        task_weight=task_weight,
+        args=TrainingArguments(str(folder), **(settings | args)),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate,
+    )

@@ -23,8 +23,8 @@ class Written:
 Backend = Callable[..., Written]
 """``backend(model, tokenizer, folder, *, bits, group_size, **options) -> Written``.
 
-Traits, shown by `plan` and the card: disk, memory, speed, experts, serves, needs (sentences), and ``stores(weight, *, bits, group_size)``:
-bytes on disk as a float, or the reason (str) why this weight stays as it is.
+Traits, shown by `plan` and the card: disk, memory, speed, experts, serves, needs (sentences), and ``stores(weight, *,
+bits, group_size)``: bytes on disk as a float, or the reason (str) why this weight stays as it is.
 """
 
 backends: Registry[Backend] = Registry("backend", __name__)

@@ -31,11 +31,29 @@ def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float
     return out * width + 4 * out if bits == 8 else out * width / 2 + 4 * out * width / BLOCK
 
 
-@backends.register("bitsandbytes", summary="int8 and nf4/fp4 for dense models, small on disk and in memory", paper="https://arxiv.org/abs/2208.07339",
-                   disk="about 4x (int8) or 7x (4 bits) smaller than fp32 for the matrices it holds", memory="kept small",
-                   speed="near the dense model on a GPU, slower than fp32 on a CPU", experts="no", serves="transformers, vLLM, TGI", needs="bitsandbytes", stores=stores)
-def bitsandbytes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, *, bits: int, group_size: int | None = None,
-                 dtype: str | None = None, quant_type: str = "nf4", double_quant: bool = False) -> Written:
+@backends.register(
+    "bitsandbytes",
+    summary="int8 and nf4/fp4 for dense models, small on disk and in memory",
+    paper="https://arxiv.org/abs/2208.07339",
+    disk="about 4x (int8) or 7x (4 bits) smaller than fp32 for the matrices it holds",
+    memory="kept small",
+    speed="near the dense model on a GPU, slower than fp32 on a CPU",
+    experts="no",
+    serves="transformers, vLLM, TGI",
+    needs="bitsandbytes",
+    stores=stores,
+)
+def bitsandbytes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    dtype: str | None = None,
+    quant_type: str = "nf4",
+    double_quant: bool = False,
+) -> Written:
     """Write `model` with its block matrices in `bits` (8, or 4) into `folder`.
 
     dtype: of everything else (embeddings, norms, heads), the model's own when None; quant_type: nf4 or fp4.
@@ -47,20 +65,39 @@ def bitsandbytes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
     if bits not in (4, 8):
         raise CompressError(f"bitsandbytes stores 4 or 8 bits, not {bits}", where="quantize.bits")
     if group_size not in (None, BLOCK):
-        raise CompressError(f"bitsandbytes has its own blocks, not groups of {group_size}", where="quantize.group_size", next_step="leave group_size out")
+        raise CompressError(
+            f"bitsandbytes has its own blocks, not groups of {group_size}",
+            where="quantize.group_size",
+            next_step="leave group_size out",
+        )
     reasons = {w.name: str(reason) for w in weights(model) if isinstance(reason := stores(w, bits=bits), str)}
     keep = sorted({w.module_name for w in weights(model) if w.name in reasons and w.kind != "expert"} | _heads(model))
-    options: dict[str, Any] = {"load_in_8bit": True} if bits == 8 else {
-        "load_in_4bit": True, "bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": getattr(torch, dtype or "float32")}
+    options: dict[str, Any] = (
+        {"load_in_8bit": True}
+        if bits == 8
+        else {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": quant_type,
+            "bnb_4bit_use_double_quant": double_quant,
+            "bnb_4bit_compute_dtype": getattr(torch, dtype or "float32"),
+        }
+    )
     with tempfile.TemporaryDirectory(dir=folder.parent) as dense:
         model.save_pretrained(dense)
-        packed = type(model).from_pretrained(dense, quantization_config=BitsAndBytesConfig(llm_int8_skip_modules=keep, **options),
-                                             dtype=getattr(torch, dtype) if dtype else model.dtype)
+        packed = type(model).from_pretrained(
+            dense,
+            quantization_config=BitsAndBytesConfig(llm_int8_skip_modules=keep, **options),
+            dtype=getattr(torch, dtype) if dtype else model.dtype,
+        )
     disable_cpu_packing(packed)
     packed.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    done = {module_name for module_name, module in packed.named_modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")}
+    done = {
+        module_name
+        for module_name, module in packed.named_modules()
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    }
     return Written(packed.eval(), coverage(model, [w.name for w in weights(model) if w.module_name in done], reasons))
 
 

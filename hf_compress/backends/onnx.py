@@ -31,25 +31,39 @@ class _Logits(nn.Module):
         return logits
 
 
-def export_onnx(model: PreTrainedModel, folder: Path, *, quantize: str | None = "int8", plain: bool = False) -> dict[str, Any]:
-    """Write ``folder/onnx/model_quantized.onnx`` (int8) or ``model.onnx`` (fp32): (input_ids, attention_mask) -> logits, any batch and length.
+def export_onnx(
+    model: PreTrainedModel, folder: Path, *, quantize: str | None = "int8", plain: bool = False
+) -> dict[str, Any]:
+    """Write ``folder/onnx/model_quantized.onnx`` (int8) or ``model.onnx`` (fp32): (input_ids, attention_mask) ->
+    logits, any batch and length.
 
     int8 is onnxruntime's dynamic quantization: int8 weights (embeddings too), activations rounded as they come.
-    plain: the exporter's graph as it comes, what a person gets without this library; else attention is exported in its eager form (fewer
-    nodes) and the sum before each layer norm is kept from being fused (see `_unfusable`): together about 1.7x faster at batch 32.
-    The fp32 export is compared with torch at shapes it was not traced at. Facts: bytes, the two relative errors of the logits.
+    plain: the exporter's graph as it comes, what a person gets without this library; else attention is exported in
+    its eager form (fewer nodes) and the sum before each layer norm is kept from being fused (see `_unfusable`):
+    together about 1.7x faster at batch 32.
+    The fp32 export is compared with torch at shapes it was not traced at. Facts: bytes, the two relative errors of
+    the logits.
 
     Raises:
-        CompressError: onnx libraries missing; an architecture whose export is wrong or not checked; logits that differ.
+        CompressError: onnx libraries missing; an architecture whose export is wrong or not checked; logits that
+        differ.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, extra="onnx", what="export to ONNX")
     if quantize not in (None, "int8"):
-        raise CompressError(f"unknown ONNX quantization {quantize!r}", where="export.quantize", next_step="int8, or leave it empty for fp32")
+        raise CompressError(
+            f"unknown ONNX quantization {quantize!r}",
+            where="export.quantize",
+            next_step="int8, or leave it empty for fp32",
+        )
     family = family_of(model.config)
     if family.name != "bert":
-        raise CompressError(f"ONNX export of {family.name} models is not supported: without a key-value cache the file would not serve, "
-                            "and for DeepSeek the exporter is silently wrong", where="export", next_step="export encoders, or leave this stage out")
+        raise CompressError(
+            f"ONNX export of {family.name} models is not supported: without a cache the file would not serve, "
+            "and for DeepSeek the exporter is silently wrong",
+            where="export",
+            next_step="export encoders, or leave this stage out",
+        )
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = folder / "onnx"
@@ -66,15 +80,23 @@ def export_onnx(model: PreTrainedModel, folder: Path, *, quantize: str | None = 
             _unfusable(exported)
         fp32_error = max(_difference(model, exported, shape) for shape in ((1, 7), (3, 21)))
         if fp32_error > EXPORT_TOLERANCE:
-            raise CompressError(f"the exported graph differs from torch by {fp32_error:.1e} of the largest logit", where="export",
-                                next_step="report the architecture; do not ship this file")
+            raise CompressError(
+                f"the exported graph differs from torch by {fp32_error:.1e} of the largest logit",
+                where="export",
+                next_step="report the architecture; do not ship this file",
+            )
         if quantize == "int8":
             final = target / "model_quantized.onnx"
             quantize_dynamic(exported, final, weight_type=QuantType.QInt8)
         else:
             final = target / "model.onnx"
             final.write_bytes(exported.read_bytes())
-    facts = {"file": final.name, "bytes": final.stat().st_size, "fp32_error": fp32_error, "error": max(_difference(model, final, s) for s in ((1, 7), (3, 21)))}
+    facts = {
+        "file": final.name,
+        "bytes": final.stat().st_size,
+        "fp32_error": fp32_error,
+        "error": max(_difference(model, final, s) for s in ((1, 7), (3, 21))),
+    }
     (target / "export.json").write_text(json.dumps(facts, indent=2))
     return facts
 
@@ -82,15 +104,23 @@ def export_onnx(model: PreTrainedModel, folder: Path, *, quantize: str | None = 
 def _export(model: PreTrainedModel, path: Path) -> None:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     ids, mask = _probe(model, (2, 16))
-    program = torch.onnx.export(_Logits(model.eval()).float(), (ids, mask), dynamo=True, input_names=["input_ids", "attention_mask"], output_names=["logits"],
-                                dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}), verbose=False)
+    program = torch.onnx.export(
+        _Logits(model.eval()).float(),
+        (ids, mask),
+        dynamo=True,
+        input_names=["input_ids", "attention_mask"],
+        output_names=["logits"],
+        dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
+        verbose=False,
+    )
     assert program is not None
     program.save(path)
 
 
 def _unfusable(path: Path) -> None:
-    """Write ``Sum`` for the ``Add`` that feeds a layer norm. onnxruntime fuses Add + LayerNormalization into a CPU kernel that takes four times
-    as long as the two apart (1.32: 14.8 against 3.3 ms of a 35 ms run); it does not look for Sum, which computes the same."""
+    """Write ``Sum`` for the ``Add`` that feeds a layer norm. onnxruntime fuses Add + LayerNormalization into a CPU
+    kernel that takes four times as long as the two apart (1.32: 14.8 against 3.3 ms of a 35 ms run); it does not look
+    for Sum, which computes the same."""
     import onnx
 
     graph = onnx.load(path)
@@ -114,7 +144,9 @@ def _difference(model: PreTrainedModel, path: Path, shape: tuple[int, int]) -> f
 
     ids, mask = _probe(model, shape)
     expected = model(input_ids=ids, attention_mask=mask).logits.float()
-    (got,) = InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    (got,) = InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+        None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+    )
     return float((torch.from_numpy(got) - expected).abs().max() / expected.abs().max())
 
 

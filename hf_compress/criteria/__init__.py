@@ -1,4 +1,5 @@
-"""Importance criteria: pure functions from one weight matrix and its statistics to one score per weight. Higher = keep."""
+"""Importance criteria: pure functions from one weight matrix and its statistics to one score per weight. Higher =
+keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What hf_compress must know about an architecture: where its blocks are and which module does what. One file a family."""
+"""What hf_compress must know about an architecture: where its blocks are and which module does what. One file a
+family."""
 
 from __future__ import annotations
 
@@ -48,7 +49,10 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     blocks: str = "layers"
-    attention: tuple[tuple[str, ...], ...] = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
+    attention: tuple[tuple[str, ...], ...] = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+    )
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     width: str = "intermediate_size"
@@ -75,10 +79,15 @@ def family_of(config: PreTrainedConfig) -> Family:
     for entry in families:
         if config.model_type in entry.value.model_types:
             if entry.value.refused:
-                raise CompressError(f"{entry.name} models are not supported: {entry.value.refused}",
-                                    where=f"model_type {config.model_type!r}",
-                                    next_step="see `hf-compress list families` for what is")
+                raise CompressError(
+                    f"{entry.name} models are not supported: {entry.value.refused}",
+                    where=f"model_type {config.model_type!r}",
+                    next_step="see `hf-compress list families` for what is",
+                )
             return entry.value
     known = sorted(t for entry in families if not entry.value.refused for t in entry.value.model_types)
-    raise CompressError(f"no family describes model_type {config.model_type!r}", where="config.json",
-                        next_step="add one file to hf_compress/families (see CONTRIBUTING.md); known: " + ", ".join(known))
+    raise CompressError(
+        f"no family describes model_type {config.model_type!r}",
+        where="config.json",
+        next_step="add one file to hf_compress/families (see CONTRIBUTING.md); known: " + ", ".join(known),
+    )

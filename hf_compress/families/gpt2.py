@@ -2,6 +2,17 @@
 
 from hf_compress.families import Family, add_family
 
-add_family(Family(name="gpt2", model_types=("gpt2",), blocks="h", attention=(("attn.c_attn",), ("attn.c_proj",)),
-                  up=("mlp.c_fc",), down="mlp.c_proj", width="n_inner", num_layers="n_layer", per_layer_fields=()),
-           summary="GPT-2: Conv1D matrices stored (in, out)")
+add_family(
+    Family(
+        name="gpt2",
+        model_types=("gpt2",),
+        blocks="h",
+        attention=(("attn.c_attn",), ("attn.c_proj",)),
+        up=("mlp.c_fc",),
+        down="mlp.c_proj",
+        width="n_inner",
+        num_layers="n_layer",
+        per_layer_fields=(),
+    ),
+    summary="GPT-2: Conv1D matrices stored (in, out)",
+)

@@ -2,8 +2,17 @@
 
 from hf_compress.families import Experts, Family, add_family
 
-add_family(Family(name="qwen2_moe", model_types=("qwen2_moe",), 
-                  experts=Experts(shared="mlp.shared_expert", router=("mlp.gate", "mlp.shared_expert_gate"))),
-           summary="Qwen1.5/2-MoE: routed experts and one gated shared expert", paper="https://arxiv.org/abs/2407.10671")
-add_family(Family(name="qwen3_moe", model_types=("qwen3_moe",), experts=Experts()),
-           summary="Qwen3-MoE: routed experts, no shared expert", paper="https://arxiv.org/abs/2505.09388")
+add_family(
+    Family(
+        name="qwen2_moe",
+        model_types=("qwen2_moe",),
+        experts=Experts(shared="mlp.shared_expert", router=("mlp.gate", "mlp.shared_expert_gate")),
+    ),
+    summary="Qwen1.5/2-MoE: routed experts and one gated shared expert",
+    paper="https://arxiv.org/abs/2407.10671",
+)
+add_family(
+    Family(name="qwen3_moe", model_types=("qwen3_moe",), experts=Experts()),
+    summary="Qwen3-MoE: routed experts, no shared expert",
+    paper="https://arxiv.org/abs/2505.09388",
+)

@@ -6,7 +6,12 @@ from torch import Tensor
 from hf_compress.losses import losses
 
 
-@losses.register("forward_kl", summary="T^2 KL(teacher || student) at temperature T", paper="https://arxiv.org/abs/1503.02531", kind="logits")
+@losses.register(
+    "forward_kl",
+    summary="T^2 KL(teacher || student) at temperature T",
+    paper="https://arxiv.org/abs/1503.02531",
+    kind="logits",
+)
 def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
     """T^2 * sum_v p_v (log p_v - log q_v), p = softmax(teacher / T), q = softmax(student / T), in fp32.
 

@@ -25,15 +25,25 @@ from hf_compress.weights import blocks_of
 FP8_BLOCK = 128
 
 
-def prune_checkpoint(source: Path, target: Path, batches: list[Batch], *, criterion: str = "wanda", sparsity: float,
-                     pattern: str = "unstructured") -> tuple[OneshotReport, Coverage]:
-    """As `prune_blocks`, from a safetensors folder of a causal model to another; FP8 block-scaled sources become bfloat16.
+def prune_checkpoint(
+    source: Path,
+    target: Path,
+    batches: list[Batch],
+    *,
+    criterion: str = "wanda",
+    sparsity: float,
+    pattern: str = "unstructured",
+) -> tuple[OneshotReport, Coverage]:
+    """As `prune_blocks`, from a safetensors folder of a causal model to another; FP8 block-scaled sources become
+    bfloat16.
 
-    Memory: one block, the embeddings and head, the activations. Blocks are written as they are done to ``target.part``, which gets its name at
-    the end; run again after an interruption, finished blocks are read back. Tensors outside the blocks are copied as they are.
+    Memory: one block, the embeddings and head, the activations. Blocks are written as they are done to
+    ``target.part``, which gets its name at the end; run again after an interruption, finished blocks are read back.
+    Tensors outside the blocks are copied as they are.
 
     Raises:
-        CompressError: the target exists; a tensor the model needs is not in the source; a truncated shard; another run's unfinished target.
+        CompressError: the target exists; a tensor the model needs is not in the source; a truncated shard; another
+        run's unfinished target.
     """
     if target.exists():
         raise CompressError("the target folder exists", where=str(target), next_step="choose another")
@@ -44,10 +54,16 @@ def prune_checkpoint(source: Path, target: Path, batches: list[Batch], *, criter
     stamp = fingerprint([criterion, sparsity, pattern, config.to_dict()], batches)
     marker = part / "fingerprint.txt"
     if marker.exists() and marker.read_text() != stamp:
-        raise CompressError("an unfinished run with other options lies here", where=str(part), next_step="remove it, or repeat that run's options")
+        raise CompressError(
+            "an unfinished run with other options lies here",
+            where=str(part),
+            next_step="remove it, or repeat that run's options",
+        )
     marker.write_text(stamp)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, **({"experts_implementation": "eager"} if family_of(config).experts else {}))
+        model = AutoModelForCausalLM.from_config(
+            config, **({"experts_implementation": "eager"} if family_of(config).experts else {})
+        )
     files = _Files(source)
     store = _Streamed(model, files, part)
     solver = pruner(criterion=criterion, sparsity=sparsity, pattern=pattern)
@@ -68,14 +84,18 @@ class _Files:
                 with safe_open(file, "pt") as opened:
                     self.where |= dict.fromkeys(opened.keys(), file)
             except Exception as error:
-                raise CompressError(f"cannot read this shard: {error}", where=str(file), next_step="download or copy it again") from error
+                raise CompressError(
+                    f"cannot read this shard: {error}", where=str(file), next_step="download or copy it again"
+                ) from error
 
     def __contains__(self, key: str) -> bool:
         return key in self.where
 
     def read(self, key: str) -> Tensor:
         if key not in self.where:
-            raise CompressError(f"the checkpoint holds no {key!r}", where=str(self.folder), next_step="check that all shards are here")
+            raise CompressError(
+                f"the checkpoint holds no {key!r}", where=str(self.folder), next_step="check that all shards are here"
+            )
         with safe_open(self.where[key], "pt") as opened:
             tensor: Tensor = opened.get_tensor(key)
         scale_key = f"{key}_scale_inv"
@@ -83,13 +103,17 @@ class _Files:
 
 
 def _dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """FP8 (out, in) times one scale for each 128 x 128 block, in bfloat16 (DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 3.3)."""
-    full = scale.repeat_interleave(FP8_BLOCK, 0)[: weight.shape[0]].repeat_interleave(FP8_BLOCK, 1)[:, : weight.shape[1]]
+    """FP8 (out, in) times one scale for each 128 x 128 block, in bfloat16 (DeepSeek-V3,
+    https://arxiv.org/abs/2412.19437, section 3.3)."""
+    full = scale.repeat_interleave(FP8_BLOCK, 0)[: weight.shape[0]].repeat_interleave(FP8_BLOCK, 1)[
+        :, : weight.shape[1]
+    ]
     return (weight.float() * full).to(torch.bfloat16)
 
 
 class _Streamed:
-    """Blocks come from the source (or from the target, when done before) and go to the target; only one is ever in memory."""
+    """Blocks come from the source (or from the target, when done before) and go to the target; only one is ever in
+    memory."""
 
     def __init__(self, model: PreTrainedModel, files: _Files, part: Path) -> None:
         self.model, self.files, self.part = model, files, part
@@ -102,7 +126,11 @@ class _Streamed:
         model.tie_weights()
         left = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(self.prefix)]
         if left:
-            raise CompressError(f"the checkpoint holds no {left[0]!r}", where=str(files.folder), next_step="check that all shards are here")
+            raise CompressError(
+                f"the checkpoint holds no {left[0]!r}",
+                where=str(files.folder),
+                next_step="check that all shards are here",
+            )
 
     def _shard(self, block: int) -> Path:
         return self.part / f"model-block-{block:05}.safetensors"
@@ -126,7 +154,10 @@ class _Streamed:
         return done
 
     def _stacked(self, local: str) -> bool:
-        return self.experts is not None and local in (f"{self.experts.module}.{self.experts.gate_up}", f"{self.experts.module}.{self.experts.down}")
+        return self.experts is not None and local in (
+            f"{self.experts.module}.{self.experts.gate_up}",
+            f"{self.experts.module}.{self.experts.down}",
+        )
 
     def _parts(self, name: str) -> list[str]:
         """On-disk names of one expert's share of a stacked parameter."""
@@ -162,13 +193,16 @@ class _Streamed:
                 if self._stacked(local):
                     experts, parts = name.rsplit(".", 1)[0], self._parts(name)
                     for expert, one in enumerate(value):
-                        tensors |= {f"{experts}.{expert}.{part}.weight": half for part, half in zip(parts, one.chunk(len(parts)), strict=True)}
+                        tensors |= {
+                            f"{experts}.{expert}.{part}.weight": half
+                            for part, half in zip(parts, one.chunk(len(parts)), strict=True)
+                        }
                 elif name in self.files:
                     tensors[name] = value.detach()
             temporary = self._shard(block).with_suffix(".saving")
             save_file(tensors, temporary, {"format": "pt"})
             temporary.rename(self._shard(block))
-        for path, child in module.named_modules():
+        for child in module.modules():
             for attribute, parameter in child._parameters.items():
                 if parameter is not None:
                     child._parameters[attribute] = nn.Parameter(parameter.to("meta"), requires_grad=False)
@@ -176,15 +210,25 @@ class _Streamed:
     def finish(self, source: Path) -> None:
         """Everything outside the blocks, the index, and the small files."""
         blocks = tuple(f"{self.prefix}{i}." for i in range(len(blocks_of(self.model))))
-        rest = {key: self.files.read(key) for key in self.files.where if not key.startswith(blocks) and not key.endswith("_scale_inv")}
+        rest = {
+            key: self.files.read(key)
+            for key in self.files.where
+            if not key.startswith(blocks) and not key.endswith("_scale_inv")
+        }
         save_file(rest, self.part / "model-rest.safetensors", {"format": "pt"})
         written = _Files(self.part)
         missing = {k for k in self.files.where if not k.endswith("_scale_inv")} - set(written.where)
         if missing:
-            raise CompressError(f"{len(missing)} tensors of the source were not written, such as {min(missing)!r}", where=str(self.part),
-                                next_step="report the architecture")
+            raise CompressError(
+                f"{len(missing)} tensors of the source were not written, such as {min(missing)!r}",
+                where=str(self.part),
+                next_step="report the architecture",
+            )
         total = sum(file.stat().st_size for file in self.part.glob("*.safetensors"))
-        index = {"metadata": {"total_size": total}, "weight_map": {key: file.name for key, file in written.where.items()}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {key: file.name for key, file in written.where.items()},
+        }
         (self.part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         for file in source.iterdir():
             if file.suffix in {".json", ".txt", ".model", ".jinja"} and not file.name.endswith(".index.json"):

@@ -34,7 +34,8 @@ class Store(Protocol):
 
 @dataclass
 class OneshotReport:
-    """touched: names. sparsity: share of zeros of each touched weight. starved: expert weight -> tokens it saw (fewer than 32)."""
+    """touched: names. sparsity: share of zeros of each touched weight. starved: expert weight -> tokens it saw (fewer
+    than 32)."""
 
     touched: list[str] = field(default_factory=list)
     sparsity: dict[str, float] = field(default_factory=dict)
@@ -46,18 +47,25 @@ class OneshotReport:
 
 
 @torch.no_grad()
-def run_blocks(model: PreTrainedModel, batches: list[Batch], solver: Solver, *, needs: Iterable[str], store: Store) -> OneshotReport:
+def run_blocks(
+    model: PreTrainedModel, batches: list[Batch], solver: Solver, *, needs: Iterable[str], store: Store
+) -> OneshotReport:
     """Compress every block matrix of `model` in place, in order.
 
-    For each block: one pass over the batches gathers the statistics of all its matrices, `solver` gives each its new values, and a second pass
-    through the compressed block makes the inputs of the next. Memory: one block (what `store` keeps live), the activations of all batches,
-    statistics of one block.
+    For each block: one pass over the batches gathers the statistics of all its matrices, `solver` gives each its new
+    values, and a second pass through the compressed block makes the inputs of the next. Memory: one block (what
+    `store` keeps live), the activations of all batches, statistics of one block.
 
     Raises:
-        CompressError: activations that are not finite (naming the block); layers that take different masks (sliding windows).
+        CompressError: activations that are not finite (naming the block); layers that take different masks (sliding
+        windows).
     """
     if len(set(getattr(model.config, "layer_types", None) or ["same"])) > 1:
-        raise CompressError("blocks of this model take different attention masks", where="config.layer_types", next_step="use a model without sliding-window layers")
+        raise CompressError(
+            "blocks of this model take different attention masks",
+            where="config.layer_types",
+            next_step="use a model without sliding-window layers",
+        )
     blocks, needs = blocks_of(model), frozenset(needs)
     by_block: dict[int, list[Weight]] = {}
     for weight in weights(model):
@@ -100,7 +108,11 @@ class _Call:
         out = block(self.hidden, *self.args, **self.kwargs)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         if not torch.isfinite(hidden).all():
-            raise CompressError("activations are not finite", where=f"block {index}", next_step="check the calibration data and the model's dtype")
+            raise CompressError(
+                "activations are not finite",
+                where=f"block {index}",
+                next_step="check the calibration data and the model's dtype",
+            )
         return hidden
 
 

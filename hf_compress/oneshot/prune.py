@@ -34,14 +34,22 @@ def pruner(*, criterion: str, sparsity: float, pattern: str) -> Solver:
     return solve
 
 
-def prune_blocks(model: PreTrainedModel, batches: list[Batch], *, criterion: str = "wanda", sparsity: float, pattern: str = "unstructured",
-                 resume_dir: Path | None = None) -> OneshotReport:
+def prune_blocks(
+    model: PreTrainedModel,
+    batches: list[Batch],
+    *,
+    criterion: str = "wanda",
+    sparsity: float,
+    pattern: str = "unstructured",
+    resume_dir: Path | None = None,
+) -> OneshotReport:
     """Prune every attention, FFN and expert matrix in place; resumable at the block when `resume_dir` is given.
 
     wanda compares weights within each output row, magnitude within each matrix; N:M within each group of M inputs.
 
     Raises:
-        CompressError: unknown criterion; M does not divide a matrix (before anything is changed); blocks in `resume_dir` of another run.
+        CompressError: unknown criterion; M does not divide a matrix (before anything is changed); blocks in
+        `resume_dir` of another run.
     """
     solver = pruner(criterion=criterion, sparsity=sparsity, pattern=pattern)
     store = _InMemory(model, resume_dir, fingerprint([criterion, sparsity, pattern, model.config.to_dict()], batches))
@@ -73,12 +81,20 @@ class _InMemory:
             return False
         with safe_open(self._path(block), "pt") as opened:
             if opened.metadata().get("fingerprint") != self.stamp:
-                raise CompressError("finished blocks of another run lie here", where=str(self.folder), next_step="remove the folder, or repeat that run's options")
+                raise CompressError(
+                    "finished blocks of another run lie here",
+                    where=str(self.folder),
+                    next_step="remove the folder, or repeat that run's options",
+                )
         blocks_of(self.model)[block].load_state_dict(load_file(self._path(block)))
         return True
 
     def save(self, block: int) -> None:
         if self.folder is not None and not self._path(block).exists():
             temporary = self._path(block).with_suffix(".part")
-            save_file({k: v.contiguous() for k, v in blocks_of(self.model)[block].state_dict().items()}, temporary, {"fingerprint": self.stamp})
+            save_file(
+                {k: v.contiguous() for k, v in blocks_of(self.model)[block].state_dict().items()},
+                temporary,
+                {"fingerprint": self.stamp},
+            )
             temporary.rename(self._path(block))

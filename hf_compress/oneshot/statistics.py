@@ -16,7 +16,8 @@ STARVED = 32  # an expert that saw fewer tokens is named in the report
 
 
 class Gatherer:
-    """Hooks on the modules of `weights` (one block's); call `statistics` after the block has run over every batch, then `close`.
+    """Hooks on the modules of `weights` (one block's); call `statistics` after the block has run over every batch,
+    then `close`.
 
     `keep` (set before each forward) marks the rows that are not padding: (batch * tokens,) bool.
     Rows of a routed expert are weighted by their router weight g: input_norm^2 = sum g^2 x^2, hessian = sum g^2 x x^T.
@@ -83,7 +84,11 @@ class Gatherer:
 
     @property
     def starved(self) -> dict[str, int]:
-        return {w.name: self._sums[w.name].tokens for w in self.weights if w.expert is not None and self._sums[w.name].tokens < STARVED}
+        return {
+            w.name: self._sums[w.name].tokens
+            for w in self.weights
+            if w.expert is not None and self._sums[w.name].tokens < STARVED
+        }
 
 
 def _total(parts: list[Tensor | None]) -> Tensor | None:

@@ -9,6 +9,12 @@ from hf_compress.stages.quantize import Quantize
 from hf_compress.stages.shrink import Shrink
 from hf_compress.stages.train import Train
 
-STAGES: dict[str, type[Stage]] = {"shrink": Shrink, "prune": Prune, "train": Train, "quantize": Quantize, "export": Export}
+STAGES: dict[str, type[Stage]] = {
+    "shrink": Shrink,
+    "prune": Prune,
+    "train": Train,
+    "quantize": Quantize,
+    "export": Export,
+}
 
 __all__ = ["STAGES", "Done", "Export", "Prune", "Quantize", "Shrink", "Stage", "Train", "Work"]

@@ -20,9 +20,11 @@ from hf_compress.source import ModelSource, load_model
 class Work:
     """The model as the previous stage left it, and what a stage may need around it.
 
-    source: where the model is read from when it is not in memory yet. folder: scratch space of this stage, kept when it is interrupted.
+    source: where the model is read from when it is not in memory yet. folder: scratch space of this stage, kept when
+    it is interrupted.
     stages: name of each finished stage (and ``dense``) -> its checkpoint, what `teacher_model` may name.
-    task: ``causal-lm`` or ``text-classification``. quantized: backend that packed the weights, "" while they are floating.
+    task: ``causal-lm`` or ``text-classification``. quantized: backend that packed the weights, "" while they are
+    floating.
     """
 
     source: ModelSource
@@ -43,8 +45,11 @@ class Work:
     def prepared(self) -> Prepared:
         """Train, evaluation and calibration sets, tokenized once."""
         if self.data is None or self.tokenizer is None:
-            raise CompressError("this stage needs data and a tokenizer", where="recipe: data",
-                                next_step="add a `data:` section (and `model.tokenizer`) to the recipe")
+            raise CompressError(
+                "this stage needs data and a tokenizer",
+                where="recipe: data",
+                next_step="add a `data:` section (and `model.tokenizer`) to the recipe",
+            )
         return prepare(self.data, self.tokenizer, task=self.task)
 
     @property
@@ -62,8 +67,9 @@ class Work:
 class Done:
     """What a stage gives back.
 
-    model: the model as it is now, or None when it was only written to disk. saved: a checkpoint folder the stage wrote itself
-    (a container), else the pipeline saves `model`. extras: folders to lie beside the final checkpoint (``onnx``).
+    model: the model as it is now, or None when it was only written to disk. saved: a checkpoint folder the stage
+    wrote itself (a container), else the pipeline saves `model`. extras: folders to lie beside the final checkpoint
+    (``onnx``).
     """
 
     model: PreTrainedModel | None
@@ -78,7 +84,8 @@ class Stage:
     """Base of the stage dataclasses; their fields are the recipe's keys."""
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
-        """Raise a CompressError for what cannot work, from the recipe alone. `work_kinds`: the kinds of the stages before."""
+        """Raise a CompressError for what cannot work, from the recipe alone. `work_kinds`: the kinds of the stages
+        before."""
 
     def run(self, work: Work) -> Done:
         raise NotImplementedError

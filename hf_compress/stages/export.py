@@ -18,9 +18,15 @@ class Export(Stage):
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
         if self.format != "onnx":
-            raise CompressError(f"unknown export format {self.format!r}", where=f"{where}.format", next_step="known: onnx")
+            raise CompressError(
+                f"unknown export format {self.format!r}", where=f"{where}.format", next_step="known: onnx"
+            )
         if "quantize" in work_kinds:
-            raise CompressError("ONNX export needs floating weights", where=where, next_step="put export before quantize: the file stays beside the final checkpoint")
+            raise CompressError(
+                "ONNX export needs floating weights",
+                where=where,
+                next_step="put export before quantize: the file stays beside the final checkpoint",
+            )
         for module in ("onnx", "onnxscript", "onnxruntime"):
             require(module, extra="onnx", what="export to ONNX")
 

@@ -1,4 +1,5 @@
-"""Set weights to zero in one shot, block by block, from calibration statistics. Makes no file smaller and no stock runtime faster."""
+"""Set weights to zero in one shot, block by block, from calibration statistics. Makes no file smaller and no stock
+runtime faster."""
 
 from __future__ import annotations
 
@@ -21,9 +22,13 @@ class Prune(Stage):
     """``prune: {criterion: wanda, sparsity: 0.5, pattern: "2:4"}``"""
 
     sparsity: float = field(default=0.5, metadata={"help": "share of each weight matrix set to zero"})
-    criterion: str = field(default="wanda", metadata={"help": "importance of a weight: see `hf-compress list criteria`"})
+    criterion: str = field(
+        default="wanda", metadata={"help": "importance of a weight: see `hf-compress list criteria`"}
+    )
     pattern: str = field(default="unstructured", metadata={"help": "unstructured, or N:M along the inputs (2:4)"})
-    streaming: bool = field(default=False, metadata={"help": "read and write block by block; for models larger than memory"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read and write block by block; for models larger than memory"}
+    )
     samples: int = field(default=128, metadata={"help": "rows of training text to calibrate on"})
     min_coverage: float = field(default=0.99, metadata={"help": "fail when less of the weights is touched"})
 
@@ -32,7 +37,9 @@ class Prune(Stage):
             criteria.entry(self.criterion)
             parse_pattern(self.pattern)
         except CompressError as error:
-            raise CompressError(error.what, where=f"{where}: {error.where}".rstrip(": "), next_step=error.next_step) from error
+            raise CompressError(
+                error.what, where=f"{where}: {error.where}".rstrip(": "), next_step=error.next_step
+            ) from error
         if not 0 < self.sparsity < 1:
             raise CompressError(f"sparsity {self.sparsity} is not between 0 and 1", where=f"{where}.sparsity")
         if "quantize" in work_kinds:
@@ -42,11 +49,25 @@ class Prune(Stage):
         if self.streaming:
             saved = work.folder / "pruned"
             batches = work.calibration(AutoConfig.from_pretrained(work.checkpoint).vocab_size, self.samples)
-            report, touched = prune_checkpoint(Path(work.checkpoint), saved, batches, criterion=self.criterion, sparsity=self.sparsity, pattern=self.pattern)
+            report, touched = prune_checkpoint(
+                Path(work.checkpoint),
+                saved,
+                batches,
+                criterion=self.criterion,
+                sparsity=self.sparsity,
+                pattern=self.pattern,
+            )
             touched.require(self.min_coverage, where="prune")
             return Done(None, report.facts(), touched, saved)
         batches = work.calibration(work.model.config.vocab_size, self.samples)
-        report = prune_blocks(work.model, batches, criterion=self.criterion, sparsity=self.sparsity, pattern=self.pattern, resume_dir=work.folder / "blocks")
+        report = prune_blocks(
+            work.model,
+            batches,
+            criterion=self.criterion,
+            sparsity=self.sparsity,
+            pattern=self.pattern,
+            resume_dir=work.folder / "blocks",
+        )
         touched = coverage(work.model, report.touched)
         touched.require(self.min_coverage, where="prune")
         return Done(work.model, report.facts() | {"calibration_tokens": tokens_in(batches)}, touched)

@@ -15,9 +15,12 @@ from hf_compress.weights import weights
 class Shrink(Stage):
     """``shrink: {layers: [0, 2, 3, 5], ffn: 768}``"""
 
-    ffn: int | float | None = field(default=None, metadata={"help": "FFN channels to keep in every layer: a number, or a share below 1"})
+    ffn: int | float | None = field(
+        default=None, metadata={"help": "FFN channels to keep in every layer: a number, or a share below 1"}
+    )
     layers: list[int] | int | float | None = field(
-        default=None, metadata={"help": "layers to keep: a list of indexes, a number, or a share below 1"})
+        default=None, metadata={"help": "layers to keep: a list of indexes, a number, or a share below 1"}
+    )
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
         if self.ffn is None and self.layers is None:
@@ -33,5 +36,9 @@ class Shrink(Stage):
         if self.ffn is not None:
             facts |= shrink_ffn(model, width=self.ffn)
         facts |= {"parameters_before": before, "parameters_after": model.num_parameters()}
-        kinds = {"ffn", "expert", "shared_expert"} if self.layers is None else {"attention", "ffn", "expert", "shared_expert"}
+        kinds = (
+            {"ffn", "expert", "shared_expert"}
+            if self.layers is None
+            else {"attention", "ffn", "expert", "shared_expert"}
+        )
         return Done(model, facts, coverage(model, [w.name for w in weights(model) if w.kind in kinds]))

@@ -21,23 +21,32 @@ from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 from hf_compress.trainer import CompressionTrainer
-from hf_compress.weights import weights
+from hf_compress.weights import KINDS, weights
 
 _ARGUMENTS = {f.name for f in dataclasses.fields(TrainingArguments)}
-_OURS = {"output_dir": "the run's folder is chosen by --output", "seed": "set the recipe's own `seed`",
-         "push_to_hub": "the finished folder is published, not a training checkpoint"}
+_OURS = {
+    "output_dir": "the run's folder is chosen by --output",
+    "seed": "set the recipe's own `seed`",
+    "push_to_hub": "the finished folder is published, not a training checkpoint",
+}
 
 
 @dataclass
 class Train(Stage):
     """``train: {distill: {teacher_model: dense}, prune: {sparsity: 0.5}, args: {max_steps: 1000}}``"""
 
-    distill: Distillation | None = field(default=None, metadata={"help": "distillation, as the `Distillation` technique"})
+    distill: Distillation | None = field(
+        default=None, metadata={"help": "distillation, as the `Distillation` technique"}
+    )
     prune: Pruning | None = field(default=None, metadata={"help": "gradual pruning, as the `Pruning` technique"})
     qat: QAT | None = field(default=None, metadata={"help": "quantization-aware training, as the `QAT` technique"})
-    lora: dict[str, Any] | None = field(default=None, metadata={"help": "train LoRA adapters (peft LoraConfig fields) and merge them"})
+    lora: dict[str, Any] | None = field(
+        default=None, metadata={"help": "train LoRA adapters (peft LoraConfig fields) and merge them"}
+    )
     task_weight: float = field(default=1.0, metadata={"help": "weight of the task loss beside the techniques' terms"})
-    freeze: list[str] = field(default_factory=list, metadata={"help": "regular expressions of parameters that do not train"})
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "regular expressions of parameters that do not train"}
+    )
     args: dict[str, Any] = field(default_factory=dict, metadata={"help": "any TrainingArguments field"})
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
@@ -45,12 +54,21 @@ class Train(Stage):
             if key in _OURS:
                 raise CompressError(f"{key} is not set here: {_OURS[key]}", where=f"{where}.args.{key}")
             if key not in _ARGUMENTS:
-                raise CompressError(f"TrainingArguments has no field {key!r}", where=f"{where}.args", next_step=did_you_mean(key, _ARGUMENTS))
-            if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):  # YAML 1.1 reads 2e-5 as text
+                raise CompressError(
+                    f"TrainingArguments has no field {key!r}",
+                    where=f"{where}.args",
+                    next_step=did_you_mean(key, _ARGUMENTS),
+                )
+            if isinstance(value, str) and re.fullmatch(
+                r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value
+            ):  # YAML 1.1 reads 2e-5 as text
                 self.args[key] = float(value)
         if "quantize" in work_kinds and (self.lora is None or self.prune is not None or self.qat is not None):
-            raise CompressError("packed weights train only through LoRA, without masks and fake quantization", where=where,
-                                next_step="add `lora: {r: 16}` here, or put this stage before quantize")
+            raise CompressError(
+                "packed weights train only through LoRA, without masks and fake quantization",
+                where=where,
+                next_step="add `lora: {r: 16}` here, or put this stage before quantize",
+            )
 
     @property
     def techniques(self) -> list[Technique]:
@@ -62,24 +80,48 @@ class Train(Stage):
         student: torch.nn.Module = self._with_lora(model, work) if self.lora is not None else model
         if self.distill is not None and isinstance(self.distill.teacher_model, str):
             self.distill.teacher_model = work.stages.get(self.distill.teacher_model, self.distill.teacher_model)
-        defaults: dict[str, Any] = {"report_to": "none", "save_total_limit": 1, "logging_steps": 20, "dataloader_pin_memory": torch.cuda.is_available(),
-                                    "use_cpu": not torch.cuda.is_available()}
-        arguments = TrainingArguments(**(defaults | self.args | {"output_dir": str(work.folder / "trainer"), "seed": work.seed}))
+        defaults: dict[str, Any] = {
+            "report_to": "none",
+            "save_total_limit": 1,
+            "logging_steps": 20,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        arguments = TrainingArguments(
+            **(defaults | self.args | {"output_dir": str(work.folder / "trainer"), "seed": work.seed})
+        )
         stop = _StopAfterSaving()
-        trainer = CompressionTrainer(student, techniques=self.techniques, task_weight=self.task_weight, args=arguments,
-                                     train_dataset=work.prepared.train, eval_dataset=work.prepared.eval,
-                                     data_collator=work.prepared.collator, processing_class=work.tokenizer, callbacks=[stop])
+        trainer = CompressionTrainer(
+            student,
+            techniques=self.techniques,
+            task_weight=self.task_weight,
+            args=arguments,
+            train_dataset=work.prepared.train,
+            eval_dataset=work.prepared.eval,
+            data_collator=work.prepared.collator,
+            processing_class=work.tokenizer,
+            callbacks=[stop],
+        )
         with stop:
-            outcome = trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if (work.folder / "trainer").exists() else None)
-        facts = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "seconds": outcome.metrics["train_runtime"],
-                 "log": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
-                 "frozen": frozen, "techniques": {type(t).__name__: t.facts() for t in self.techniques}}
+            outcome = trainer.train(
+                resume_from_checkpoint=get_last_checkpoint(arguments.output_dir)
+                if (work.folder / "trainer").exists()
+                else None
+            )
+        facts = {
+            "steps": trainer.state.global_step,
+            "epochs": trainer.state.epoch,
+            "seconds": outcome.metrics["train_runtime"],
+            "log": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
+            "frozen": frozen,
+            "techniques": {type(t).__name__: t.facts() for t in self.techniques},
+        }
         if self.lora is not None:
             model = student.merge_and_unload()  # type: ignore[operator]
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
-        trained = [w.name for w in weights(model) if not any(re.search(pattern, w.name) for pattern in self.freeze)]
+        trained = [w.name for w in weights(model, KINDS) if not any(re.search(p, w.name) for p in self.freeze)]
         return Done(model.eval(), facts, coverage(model, trained), quantized=work.quantized)
 
     def _freeze(self, model: PreTrainedModel) -> list[str]:
@@ -87,8 +129,11 @@ class Train(Stage):
         for pattern in self.freeze:
             names = [name for name, parameter in model.named_parameters() if re.search(pattern, name)]
             if not names:
-                raise CompressError(f"no parameter matches {pattern!r}", where="train.freeze",
-                                    next_step="use a part of a name as in model.named_parameters()")
+                raise CompressError(
+                    f"no parameter matches {pattern!r}",
+                    where="train.freeze",
+                    next_step="use a part of a name as in model.named_parameters()",
+                )
             frozen += names
         for name in frozen:
             model.get_parameter(name).requires_grad_(False)
@@ -101,7 +146,9 @@ class Train(Stage):
         if work.quantized:
             model = prepare_model_for_kbit_training(model)
         torch.manual_seed(work.seed)
-        adapted: torch.nn.Module = get_peft_model(model, LoraConfig(**({"task_type": kind, "target_modules": "all-linear"} | (self.lora or {}))))
+        adapted: torch.nn.Module = get_peft_model(
+            model, LoraConfig(**({"task_type": kind, "target_modules": "all-linear"} | (self.lora or {})))
+        )
         return adapted
 
 

@@ -13,10 +13,12 @@ from hf_compress.weights import base_of, blocks_of
 
 
 def drop_layers(model: PreTrainedModel, *, keep: list[int] | int | float) -> dict[str, Any]:
-    """Keep the blocks named in `keep` (indexes), or so many (a share below 1) evenly spaced with the first and the last, in place.
+    """Keep the blocks named in `keep` (indexes), or so many (a share below 1) evenly spaced with the first and the
+    last, in place.
 
     Raises:
-        CompressError: an index out of range or twice; a choice the config cannot express (MoE: dense blocks come first).
+        CompressError: an index out of range or twice; a choice the config cannot express (MoE: dense blocks come
+        first).
     """
     base, family = base_of(model), family_of(model.config)
     blocks = blocks_of(model)
@@ -31,17 +33,27 @@ def drop_layers(model: PreTrainedModel, *, keep: list[int] | int | float) -> dic
     config = model.config
     if family.experts is not None:
         if getattr(config, "mlp_only_layers", None):
-            raise CompressError("mlp_only_layers of this config would have to be renumbered", where="shrink.layers", next_step="keep all layers")
+            raise CompressError(
+                "mlp_only_layers of this config would have to be renumbered",
+                where="shrink.layers",
+                next_step="keep all layers",
+            )
         dense = getattr(config, "first_k_dense_replace", None)
         if dense is not None:
-            config.first_k_dense_replace = sum(index < dense for index in keep)  # dense blocks come first, and `keep` is increasing
+            config.first_k_dense_replace = sum(
+                index < dense for index in keep
+            )  # dense blocks come first, and `keep` is increasing
         elif getattr(config, "decoder_sparse_step", 1) != 1:
-            raise CompressError("decoder_sparse_step places the experts by layer number", where="shrink.layers", next_step="keep all layers")
+            raise CompressError(
+                "decoder_sparse_step places the experts by layer number",
+                where="shrink.layers",
+                next_step="keep all layers",
+            )
     kept = nn.ModuleList(blocks[index] for index in keep)
     for number, block in enumerate(kept):
         for module in block.modules():
             if "layer_idx" in module.__dict__:  # the attention's slot in the cache
-                module.layer_idx = number
+                module.__dict__["layer_idx"] = number
     path = family.blocks.split(".")
     setattr(base.base_model.get_submodule(".".join(path[:-1])), path[-1], kept)
     for name in family.per_layer_fields:

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 class Step:
     """One micro-batch, as a loss term sees it.
 
-    model: the student, unwrapped. inputs: what its forward was given. outputs: what it returned (with everything `request` asked for).
-    labels: (batch, positions) shifted so that labels[:, t] is what logits[:, t] predicts, -100 where nothing is; (batch,) for classifiers.
-    num_items: how many label positions (or examples) the whole accumulated batch holds, on all ranks that share the average:
+    model: the student, unwrapped. inputs: what its forward was given. outputs: what it returned (with everything
+    `request` asked for).
+    labels: (batch, positions) shifted so that labels[:, t] is what logits[:, t] predicts, -100 where nothing is;
+    (batch,) for classifiers.
+    num_items: how many label positions (or examples) the whole accumulated batch holds, on all ranks that share the
+    average:
         a per-position term is its sum over this micro-batch divided by `num_items`.
     """
 
@@ -34,7 +37,8 @@ class Step:
 class Technique(TrainerCallback):
     """Base of `Distillation`, `Pruning`, `QAT`: a dataclass (``eq=False``) whose fields are the recipe's keys.
 
-    The order of calls: `attach`, `prepare`, then every step `request` and `loss_terms` and the callback events of transformers, `finalize`.
+    The order of calls: `attach`, `prepare`, then every step `request` and `loss_terms` and the callback events of
+    transformers, `finalize`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -58,7 +62,8 @@ class Technique(TrainerCallback):
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors a resumed run needs (masks bit-packed, projections, scales); saved beside the checkpoint's weights."""
+        """Tensors a resumed run needs (masks bit-packed, projections, scales); saved beside the checkpoint's
+        weights."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_compress.bnb_guard import disable_cpu_packing
 from hf_compress.errors import CompressError
@@ -29,30 +29,54 @@ class Distillation(Technique):
     """``Distillation(teacher_model="org/teacher", temperature=2.0)``: adds ``kl`` (and ``hidden``) to the loss.
 
     kl = weight * sum over predicted positions of loss(student, teacher) / num_items.
-    hidden = hidden_weight * the mean over student blocks of `hidden_mse` to the mapped teacher block, over the same positions
-    (classifiers: over each example's own tokens, averaged within the example).
+    hidden = hidden_weight * the mean over student blocks of `hidden_mse` to the mapped teacher block, over the same
+    positions (classifiers: over each example's own tokens, averaged within the example).
     """
 
-    teacher_model: str | None = field(  # or a loaded model; HfArgumentParser and recipes read the annotation, and both give text
-        default=None, metadata={"help": "folder or Hub id; in a recipe also `dense` or a stage's name; `base`: the model under a LoRA student"})
+    teacher_model: str | None = (
+        field(  # or a loaded model; HfArgumentParser and recipes read the annotation, and both give text
+            default=None,
+            metadata={
+                "help": "folder, Hub id; in a recipe also `dense` or a stage; `base`: the model under a LoRA student"
+            },
+        )
+    )
     loss: str = field(default="forward_kl", metadata={"help": "logit loss: see `hf-compress list losses`"})
     temperature: float = field(default=2.0, metadata={"help": "softens both distributions"})
     weight: float = field(default=1.0, metadata={"help": "weight of the logit loss"})
     hidden_weight: float = field(default=0.0, metadata={"help": "weight of the hidden-state loss"})
-    layer_map: list[int] | None = field(default=None, metadata={"help": "teacher block of each student block; none: evenly spaced"})
-    teacher_model_init_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "passed to the teacher's from_pretrained"})
+    layer_map: list[int] | None = field(
+        default=None, metadata={"help": "teacher block of each student block; none: evenly spaced"}
+    )
+    teacher_model_init_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "passed to the teacher's from_pretrained"}
+    )
 
     def attach(self, model: nn.Module) -> None:
         if self.teacher_model is None:
-            raise CompressError("distillation needs a teacher", where="distill.teacher_model", next_step="a folder, a Hub id, or `dense` in a recipe")
+            raise CompressError(
+                "distillation needs a teacher",
+                where="distill.teacher_model",
+                next_step="a folder, a Hub id, or `dense` in a recipe",
+            )
         if losses.entry(self.loss).traits["kind"] != "logits":
-            raise CompressError(f"{self.loss!r} is not a logit loss", where="distill.loss", next_step="hidden states are weighted by hidden_weight")
+            raise CompressError(
+                f"{self.loss!r} is not a logit loss",
+                where="distill.loss",
+                next_step="hidden states are weighted by hidden_weight",
+            )
         student = base_of(model)
         self._projections, self._map = nn.ModuleList(), list[int]()
         self.teacher = self._load_teacher(model)
         teacher = base_of(self.teacher)
-        if teacher.config.num_labels != student.config.num_labels and "SequenceClassification" in type(student).__name__:
-            raise CompressError(f"the teacher has {teacher.config.num_labels} labels, the student {student.config.num_labels}", where="distill.teacher_model")
+        if (
+            teacher.config.num_labels != student.config.num_labels
+            and "SequenceClassification" in type(student).__name__
+        ):
+            raise CompressError(
+                f"the teacher has {teacher.config.num_labels} labels, the student {student.config.num_labels}",
+                where="distill.teacher_model",
+            )
         if self.hidden_weight:
             self._map = self._layers(len(blocks_of(student)), len(blocks_of(teacher)))
             ours, theirs = student.config.hidden_size, teacher.config.hidden_size
@@ -63,22 +87,34 @@ class Distillation(Technique):
     def _load_teacher(self, model: nn.Module) -> nn.Module:
         if self.teacher_model == "base":
             if not hasattr(model, "disable_adapter"):
-                raise CompressError("`base` is the model under a LoRA student, and this student has no adapters", where="distill.teacher_model")
+                raise CompressError(
+                    "`base` is the model under a LoRA student, and this student has no adapters",
+                    where="distill.teacher_model",
+                )
             return model
         if isinstance(self.teacher_model, str):
-            auto = AutoModelForSequenceClassification if "SequenceClassification" in type(base_of(model)).__name__ else AutoModelForCausalLM
-            teacher: nn.Module = auto.from_pretrained(self.teacher_model, **({"use_safetensors": True} | self.teacher_model_init_kwargs))
+            auto = (
+                AutoModelForSequenceClassification
+                if "SequenceClassification" in type(base_of(model)).__name__
+                else AutoModelForCausalLM
+            )
+            teacher: nn.Module = auto.from_pretrained(
+                self.teacher_model, **({"use_safetensors": True} | self.teacher_model_init_kwargs)
+            )
             disable_cpu_packing(teacher)
         else:
-            teacher = self.teacher_model
+            teacher = cast(nn.Module, self.teacher_model)
         return teacher.eval().requires_grad_(False)
 
     def _layers(self, ours: int, theirs: int) -> list[int]:
         if self.layer_map is None:
             return [round((i + 1) * theirs / ours) - 1 for i in range(ours)]
         if len(self.layer_map) != ours or not all(0 <= t < theirs for t in self.layer_map):
-            raise CompressError(f"layer_map {self.layer_map} does not give each of {ours} student blocks one of {theirs} teacher blocks",
-                                where="distill.layer_map", next_step="give a list of block indexes, or leave layer_map out")
+            raise CompressError(
+                f"layer_map {self.layer_map} does not map {ours} student blocks to some of {theirs} teacher blocks",
+                where="distill.layer_map",
+                next_step="give a list of block indexes, or leave layer_map out",
+            )
         return self.layer_map
 
     def prepare(self, trainer: CompressionTrainer) -> None:
@@ -96,13 +132,19 @@ class Distillation(Technique):
             except (OSError, ValueError):
                 tokenizer = None  # a teacher saved without its tokenizer: the sizes below are all there is to compare
             if tokenizer is not None and tokenizer.get_vocab() != ours.get_vocab():
-                raise CompressError("teacher and student have different tokenizers: their logits are not about the same tokens",
-                                    where=f"distill.teacher_model {self.teacher_model!r}", next_step="use a teacher of the same tokenizer")
+                raise CompressError(
+                    "teacher and student have different tokenizers: their logits are not about the same tokens",
+                    where=f"distill.teacher_model {self.teacher_model!r}",
+                    next_step="use a teacher of the same tokenizer",
+                )
         size = base_of(trainer.model).config.vocab_size
         smallest = len(ours) if ours is not None else max(size, theirs.vocab_size)
         if min(size, theirs.vocab_size) < smallest:
-            raise CompressError(f"teacher vocabulary {theirs.vocab_size}, student {size}", where="distill.teacher_model",
-                                next_step="use a teacher of the same tokenizer")
+            raise CompressError(
+                f"teacher vocabulary {theirs.vocab_size}, student {size}",
+                where="distill.teacher_model",
+                next_step="use a teacher of the same tokenizer",
+            )
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._projections.parameters())
@@ -121,13 +163,23 @@ class Distillation(Technique):
                 self.teacher.train(training)
         student, teacher = step.outputs.logits, taught.logits
         if not torch.isfinite(teacher).all():
-            raise CompressError("the teacher's logits are not finite", where="distillation", next_step="check the teacher's dtype and inputs")
+            raise CompressError(
+                "the teacher's logits are not finite",
+                where="distillation",
+                next_step="check the teacher's dtype and inputs",
+            )
         common = min(student.shape[-1], teacher.shape[-1])  # vocabularies may be padded to different sizes
-        rows = (step.labels.flatten() != -100).nonzero().squeeze(-1) if student.dim() == 3 else torch.arange(len(student), device=student.device)
+        rows = (
+            (step.labels.flatten() != -100).nonzero().squeeze(-1)
+            if student.dim() == 3
+            else torch.arange(len(student), device=student.device)
+        )
         terms = {}
         if self.weight:
             loss = partial(losses[self.loss], temperature=self.temperature)
-            total = _Chunked.apply(student.flatten(0, -2)[:, :common], teacher.flatten(0, -2)[:, :common], rows, loss)
+            total: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
+                student.flatten(0, -2)[:, :common], teacher.flatten(0, -2)[:, :common], rows, loss
+            )
             terms["kl"] = self.weight * total / step.num_items
         if self.hidden_weight:
             terms["hidden"] = self.hidden_weight * self._hidden(step, taught, rows) / step.num_items
@@ -161,18 +213,28 @@ class Distillation(Technique):
 
     def facts(self) -> dict[str, Any]:
         teacher = self.teacher_model if isinstance(self.teacher_model, str) else type(self.teacher_model).__name__
-        return {"teacher": teacher, "loss": self.loss, "temperature": self.temperature, "weight": self.weight,
-                "hidden_weight": self.hidden_weight, "layer_map": self._map or None}
+        return {
+            "teacher": teacher,
+            "loss": self.loss,
+            "temperature": self.temperature,
+            "weight": self.weight,
+            "hidden_weight": self.hidden_weight,
+            "layer_map": self._map or None,
+        }
 
 
 class _Chunked(torch.autograd.Function):
-    """Sum of a per-position loss over `rows`, a chunk at a time, so the fp32 probabilities of only `CHUNK` positions exist at once.
+    """Sum of a per-position loss over `rows`, a chunk at a time, so the fp32 probabilities of only `CHUNK` positions
+    exist at once.
 
-    The gradient is made in the forward, chunk by chunk, in the dtype of the logits: the one tensor of their size that backward needs anyway.
+    The gradient is made in the forward, chunk by chunk, in the dtype of the logits: the one tensor of their size that
+    backward needs anyway.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         for part in rows.split(CHUNK):

@@ -22,7 +22,8 @@ from hf_compress.weights import weights
 def scheduled_sparsity(progress: float, *, schedule: str, initial: float, final: float) -> float:
     """Sparsity after `progress` (0 to 1) of the schedule.
 
-    cubic: s_f + (s_i - s_f)(1 - progress)^3 (Zhu and Gupta 2017, https://arxiv.org/abs/1710.01878); linear: the straight line;
+    cubic: s_f + (s_i - s_f)(1 - progress)^3 (Zhu and Gupta 2017, https://arxiv.org/abs/1710.01878); linear: the
+    straight line;
     constant: s_f from the start.
     """
     progress = min(1.0, max(0.0, progress))
@@ -34,13 +35,16 @@ def scheduled_sparsity(progress: float, *, schedule: str, initial: float, final:
 class Pruning(Technique):
     """``Pruning(sparsity=0.5, pattern="2:4")``: masks over every attention, FFN and expert matrix.
 
-    A mask is chosen by the criterion among what is left, so masks are nested, and is applied to the weights and to the optimizer's
-    moments after every optimizer step. With ``schedule="constant", begin=0`` an already pruned model keeps exactly its zeros.
+    A mask is chosen by the criterion among what is left, so masks are nested, and is applied to the weights and to
+    the optimizer's moments after every optimizer step. With ``schedule="constant", begin=0`` an already pruned model
+    keeps exactly its zeros.
     """
 
     sparsity: float = field(default=0.5, metadata={"help": "share of each matrix that ends as zero"})
     pattern: str = field(default="unstructured", metadata={"help": "unstructured, or N:M along the inputs (2:4)"})
-    criterion: str = field(default="magnitude", metadata={"help": "importance of a weight: see `hf-compress list criteria`"})
+    criterion: str = field(
+        default="magnitude", metadata={"help": "importance of a weight: see `hf-compress list criteria`"}
+    )
     schedule: str = field(default="cubic", metadata={"help": "cubic, linear or constant"})
     initial_sparsity: float = field(default=0.0, metadata={"help": "sparsity where the schedule begins"})
     begin: float = field(default=0.0, metadata={"help": "where the schedule begins, as a share of all steps"})
@@ -52,33 +56,58 @@ class Pruning(Technique):
         parse_pattern(self.pattern)
         entry = criteria.entry(self.criterion)
         if entry.traits["needs"]:
-            raise CompressError(f"{self.criterion!r} needs calibration statistics ({', '.join(entry.traits['needs'])}), which a training run does not collect",
-                                where="prune.criterion", next_step="use magnitude here")
+            raise CompressError(
+                f"{self.criterion!r} needs calibration statistics, which a training run does not collect",
+                where="prune.criterion",
+                next_step="use magnitude here",
+            )
         if self.schedule not in ("cubic", "linear", "constant"):
-            raise CompressError(f"unknown schedule {self.schedule!r}", where="prune.schedule", next_step="cubic, linear or constant")
+            raise CompressError(
+                f"unknown schedule {self.schedule!r}", where="prune.schedule", next_step="cubic, linear or constant"
+            )
         if not (0 < self.sparsity < 1 and 0 <= self.begin <= self.end <= 1 and self.every > 0):
-            raise CompressError("sparsity must be between 0 and 1, begin <= end within 0 and 1, every positive", where="prune")
+            raise CompressError(
+                "sparsity must be between 0 and 1, begin <= end within 0 and 1, every positive", where="prune"
+            )
         if hasattr(model, "peft_config"):
-            raise CompressError("a mask must hold on W + BA, and adapters are merged after training", where="prune",
-                                next_step="train the whole weights under a mask, or prune after merging")
+            raise CompressError(
+                "a mask must hold on W + BA, and adapters are merged after training",
+                where="prune",
+                next_step="train the whole weights under a mask, or prune after merging",
+            )
         self._weights = [w for w in weights(model) if not any(re.search(pattern, w.name) for pattern in self.skip)]
         for weight in self._weights:
-            mask_of(torch.zeros(1, weight.matrix.shape[1]), sparsity=self.sparsity, pattern=self.pattern)  # N:M must divide the inputs
+            mask_of(
+                torch.zeros(1, weight.matrix.shape[1]), sparsity=self.sparsity, pattern=self.pattern
+            )  # N:M must divide the inputs
         self._masks: dict[str, Tensor] = {}
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         first, last = int(self.begin * state.max_steps), self._last(state.max_steps)
         step = state.global_step
-        if step < first or (self._masks and step > last) or (self._masks and (step - first) % self.every and step != last):
+        if (
+            step < first
+            or (self._masks and step > last)
+            or (self._masks and (step - first) % self.every and step != last)
+        ):
             return
         if self.schedule == "constant" and self._masks:
             return
         progress = 1.0 if step >= last else (step - first) / (last - first)
-        sparsity = scheduled_sparsity(progress, schedule=self.schedule, initial=self.initial_sparsity, final=self.sparsity)
-        self._masks = {w.name: mask_of(criteria[self.criterion](w.matrix, Statistics()), sparsity=sparsity, pattern=self.pattern) for w in self._weights}
+        sparsity = scheduled_sparsity(
+            progress, schedule=self.schedule, initial=self.initial_sparsity, final=self.sparsity
+        )
+        self._masks = {
+            w.name: mask_of(criteria[self.criterion](w.matrix, Statistics()), sparsity=sparsity, pattern=self.pattern)
+            for w in self._weights
+        }
         self._apply(kwargs.get("optimizer"))
 
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._apply(kwargs.get("optimizer"))
 
     @torch.no_grad()
@@ -102,12 +131,20 @@ class Pruning(Technique):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         if state and set(state) != {w.name for w in self._weights}:
-            raise CompressError("the checkpoint's masks are of other weights", where="resume", next_step="resume with the recipe that was interrupted")
-        self._masks = {w.name: _unpacked(state[w.name], w.shape).to(w.whole.device) for w in self._weights} if state else {}
+            raise CompressError(
+                "the checkpoint's masks are of other weights",
+                where="resume",
+                next_step="resume with the recipe that was interrupted",
+            )
+        self._masks = (
+            {w.name: _unpacked(state[w.name], w.shape).to(w.whole.device) for w in self._weights} if state else {}
+        )
 
     def finalize(self, model: nn.Module) -> None:
         if not self._masks:
-            raise CompressError("the run ended before pruning began", where="prune.begin", next_step="lower begin, or train longer")
+            raise CompressError(
+                "the run ended before pruning began", where="prune.begin", next_step="lower begin, or train longer"
+            )
         self._apply(None)
 
     def facts(self) -> dict[str, Any]:
@@ -115,8 +152,15 @@ class Pruning(Technique):
         for name in sorted(self._masks):
             digest.update(_packed(self._masks[name]).numpy().tobytes())
         zeros = sum(int((~m).sum()) for m in self._masks.values())
-        return {"pattern": self.pattern, "criterion": self.criterion, "schedule": self.schedule, "target": self.sparsity,
-                "sparsity": zeros / max(1, sum(m.numel() for m in self._masks.values())), "weights": len(self._masks), "masks_sha256": digest.hexdigest()}
+        return {
+            "pattern": self.pattern,
+            "criterion": self.criterion,
+            "schedule": self.schedule,
+            "target": self.sparsity,
+            "sparsity": zeros / max(1, sum(m.numel() for m in self._masks.values())),
+            "weights": len(self._masks),
+            "masks_sha256": digest.hexdigest(),
+        }
 
 
 def _packed(mask: Tensor) -> Tensor:
@@ -130,5 +174,3 @@ def _unpacked(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     if bits.numel() - shape[0] * shape[1] not in range(8):
         raise CompressError("a mask in the checkpoint does not fit its weight", where="resume")
     return bits.flatten()[: shape[0] * shape[1]].bool().view(shape)
-
-

@@ -18,23 +18,32 @@ from hf_compress.weights import weights
 
 @dataclass(eq=False)
 class QAT(Technique):
-    """``QAT(bits=4, group_size=32)``: every forward sees rounded weights, the gradient passes straight through to the real ones.
+    """``QAT(bits=4, group_size=32)``: every forward sees rounded weights, the gradient passes straight through to the
+    real ones.
 
-    A forward pre-hook puts the rounded tensor where the module reads its weight, a post-hook takes it away, so the state_dict stays plain.
-    `finalize` leaves the rounded values in the weights: a container with the same grid stores exactly these codes, since at the absmax
-    scale rounding twice gives the same values.
+    A forward pre-hook puts the rounded tensor where the module reads its weight, a post-hook takes it away, so the
+    state_dict stays plain.
+    `finalize` leaves the rounded values in the weights: a container with the same grid stores exactly these codes,
+    since at the absmax scale rounding twice gives the same values.
     """
 
     bits: int = field(default=4, metadata={"help": "bits a weight"})
-    group_size: int | None = field(default=None, metadata={"help": "weights that share a scale along the inputs; none = a whole row"})
-    skip: list[str] = field(default_factory=list, metadata={"help": "regular expressions of weights to leave as they are"})
+    group_size: int | None = field(
+        default=None, metadata={"help": "weights that share a scale along the inputs; none = a whole row"}
+    )
+    skip: list[str] = field(
+        default_factory=list, metadata={"help": "regular expressions of weights to leave as they are"}
+    )
 
     def attach(self, model: nn.Module) -> None:
         if not 2 <= self.bits <= 8:
             raise CompressError(f"{self.bits} bits are not between 2 and 8", where="qat.bits")
         if hasattr(model, "peft_config"):
-            raise CompressError("fake quantization must act on W + BA, and adapters are merged after training", where="qat",
-                                next_step="train the whole weights, or use LoRA after `quantize`")
+            raise CompressError(
+                "fake quantization must act on W + BA, and adapters are merged after training",
+                where="qat",
+                next_step="train the whole weights, or use LoRA after `quantize`",
+            )
         self._grid = Grid(self.bits, self.group_size)
         self._weights = [w for w in weights(model) if not any(re.search(pattern, w.name) for pattern in self.skip)]
         for weight in self._weights:
@@ -44,8 +53,10 @@ class QAT(Technique):
             modules[weight.module].add((weight.attribute, weight.transposed))
         self._hooks = []
         for module, attributes in modules.items():
-            self._hooks += [module.register_forward_pre_hook(_shadow(sorted(attributes), self._grid)),
-                            module.register_forward_hook(_reveal(sorted(attributes)), always_call=True)]
+            self._hooks += [
+                module.register_forward_pre_hook(_shadow(sorted(attributes), self._grid)),
+                module.register_forward_hook(_reveal(sorted(attributes)), always_call=True),
+            ]
 
     @torch.no_grad()
     def finalize(self, model: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """Contract 3: zeros stay zero, and there are exactly as many as asked for."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from hf_compress.techniques.pruning import Pruning
@@ -19,9 +19,16 @@ def check(model, sparsity=0.5) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gpt2"])
-@pytest.mark.parametrize("args", [{"optim": "adamw_torch", "weight_decay": 0.1}, {"optim": "sgd", "optim_args": "momentum=0.9"},
-                                  {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}, {"bf16": True, "activation_checkpointing": True}],
-                         ids=["adamw", "sgd", "accumulation", "bf16"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"optim": "adamw_torch", "weight_decay": 0.1},
+        {"optim": "sgd", "optim_args": "momentum=0.9"},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
+        {"bf16": True, "activation_checkpointing": True},
+    ],
+    ids=["adamw", "sgd", "accumulation", "bf16"],
+)
 def test_zeros_hold_through_training_and_reload(name: str, args: dict, tmp_path: Path) -> None:
     run = trainer(tiny(name), tmp_path, [Pruning(0.5, every=1, end=0.5)], max_steps=6, **args)
     run.train()
@@ -45,10 +52,12 @@ def test_masks_are_nested_while_sparsity_grows(tmp_path: Path) -> None:
     pruning = Pruning(0.8, every=1, end=1.0)
     seen = []
 
-
     run = trainer(tiny("llama"), tmp_path, [pruning], max_steps=6)
     apply = pruning._apply
-    pruning._apply = lambda optimizer: (seen.append({k: v.clone() for k, v in pruning._masks.items()}), apply(optimizer))[1]
+    pruning._apply = lambda optimizer: (
+        seen.append({k: v.clone() for k, v in pruning._masks.items()}),
+        apply(optimizer),
+    )[1]
     run.train()
-    for earlier, later in zip(seen, seen[1:], strict=False):
+    for earlier, later in pairwise(seen):
         assert all((later[k] <= earlier[k]).all() for k in later)

@@ -1,4 +1,5 @@
-"""Contracts 1 and 2: every container opens without hf_compress and gives the same answers; what it cannot store is said, or refused."""
+"""Contracts 1 and 2: every container opens without hf_compress and gives the same answers; what it cannot store is
+said, or refused."""
 
 from pathlib import Path
 
@@ -15,9 +16,18 @@ from hf_compress.weights import weights
 from tests.models import CONFIGS, MOE, tiny
 
 IDS = torch.arange(3, 19)[None]
-CASES = [("llama", "bitsandbytes", 8), ("bert", "bitsandbytes", 8), ("gpt2", "bitsandbytes", 4), ("qwen3", "bitsandbytes", 4), ("llama", "compressed-tensors", 4),
-         ("bert", "compressed-tensors", 8), ("deepseek_v3", "compressed-tensors", 4), ("deepseek_v2", "compressed-tensors", 8), ("qwen3_moe", "compressed-tensors", 4),
-         ("qwen2_moe", "compressed-tensors", 4)]
+CASES = [
+    ("llama", "bitsandbytes", 8),
+    ("bert", "bitsandbytes", 8),
+    ("gpt2", "bitsandbytes", 4),
+    ("qwen3", "bitsandbytes", 4),
+    ("llama", "compressed-tensors", 4),
+    ("bert", "compressed-tensors", 8),
+    ("deepseek_v3", "compressed-tensors", 4),
+    ("deepseek_v2", "compressed-tensors", 8),
+    ("qwen3_moe", "compressed-tensors", 4),
+    ("qwen2_moe", "compressed-tensors", 4),
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +39,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
             for weight in weights(model):
                 weight.matrix[:, ::2] = 0
         folder = made[name, backend, bits] = root / f"{name}-{backend}-{bits}"
-        written = backends[backend](model, None, folder, bits=bits, group_size=32 if backend == "compressed-tensors" else None)
+        written = backends[backend](
+            model, None, folder, bits=bits, group_size=32 if backend == "compressed-tensors" else None
+        )
         assert written.coverage.share == 1.0
         with torch.no_grad():
             error = (written.model(IDS).logits.float() - model(IDS).logits).norm() / model(IDS).logits.norm()
@@ -46,8 +58,10 @@ def test_every_container_opens_in_a_fresh_process(folders: dict[tuple, Path]) ->
 
 def test_damaged_checkpoints_are_found(folders: dict[tuple, Path], tmp_path: Path) -> None:
     source = folders["llama", "compressed-tensors", 4]
-    damage = {"missing": lambda t: t.pop("model.layers.0.self_attn.q_proj.weight_packed"),
-              "changed": lambda t: t.update({"model.norm.weight": -t["model.norm.weight"]})}
+    damage = {
+        "missing": lambda t: t.pop("model.layers.0.self_attn.q_proj.weight_packed"),
+        "changed": lambda t: t.update({"model.norm.weight": -t["model.norm.weight"]}),
+    }
     for name, change in damage.items():
         folder = tmp_path / name
         folder.mkdir()
@@ -68,7 +82,9 @@ def test_files_are_as_small_as_plan_says(folders: dict[tuple, Path]) -> None:
     for (name, backend, bits), folder in folders.items():
         model = tiny(name, **({"tie_word_embeddings": True} if name == "llama" else {}))
         stores = backends.entry(backend).traits["stores"]
-        said = sum(stores(w, bits=bits, group_size=32 if backend == "compressed-tensors" else None) for w in weights(model))
+        said = sum(
+            stores(w, bits=bits, group_size=32 if backend == "compressed-tensors" else None) for w in weights(model)
+        )
         rest = 4 * (sum(p.numel() for p in model.parameters()) - sum(w.shape[0] * w.shape[1] for w in weights(model)))
         tensors = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
         assert tensors == pytest.approx(said + rest, rel=0.02), (name, backend, bits)
@@ -89,7 +105,9 @@ def test_bitsandbytes_says_that_it_leaves_experts_out(name: str, tmp_path: Path)
 def test_widths_that_bitsandbytes_decodes_wrong_stay_dense(tmp_path: Path) -> None:
     written = backends["bitsandbytes"](tiny("llama", intermediate_size=160), None, tmp_path / "out", bits=4)
     assert [n for r, names in written.coverage.skipped.items() if "no multiple of 64" in r for n in names] == [
-        "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    ]
 
 
 @pytest.mark.parametrize("name", MOE)

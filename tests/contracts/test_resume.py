@@ -47,8 +47,18 @@ def test_other_techniques_are_refused(tmp_path: Path) -> None:
 
 
 def test_best_model_counts_only_after_the_schedule(tmp_path: Path) -> None:
-    best = trainer(tiny("deepseek_v3"), tmp_path, [Pruning(0.5, end=0.5, every=1)], max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps",
-                   eval_steps=1, load_best_model_at_end=True, learning_rate=0.5)
+    best = trainer(
+        tiny("deepseek_v3"),
+        tmp_path,
+        [Pruning(0.5, end=0.5, every=1)],
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        learning_rate=0.5,
+    )
     best.train()
     assert int(best.state.best_model_checkpoint.rsplit("-", 1)[1]) >= 2
     assert best.techniques[0].facts()["sparsity"] == 0.5

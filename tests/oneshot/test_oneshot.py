@@ -1,4 +1,5 @@
-"""One-shot pruning: exact counts, true statistics on the compressed prefix, resuming, and the same result from a streamed checkpoint."""
+"""One-shot pruning: exact counts, true statistics on the compressed prefix, resuming, and the same result from a
+streamed checkpoint."""
 
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
-from hf_compress.oneshot import prune_blocks, prune_checkpoint, run_blocks
 from hf_compress.oneshot import engine as engine_module
+from hf_compress.oneshot import prune_blocks, prune_checkpoint, run_blocks
 from hf_compress.oneshot.prune import _InMemory
 from hf_compress.weights import blocks_of, weights
 from tests.models import CONFIGS, tiny
@@ -79,10 +80,14 @@ def test_expert_statistics_are_weighted_as_the_router_weights() -> None:
     for expert in range(4):
         gate = (gates * (chosen == expert)).sum(1)[keep]
         x = hidden[keep] * gate[:, None]
-        torch.testing.assert_close(found[f"model.layers.1.mlp.experts.gate_up_proj.{expert}"].input_norm, x.norm(dim=0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found[f"model.layers.1.mlp.experts.gate_up_proj.{expert}"].input_norm, x.norm(dim=0), rtol=1e-4, atol=1e-4
+        )
         first, second = (hidden[keep] @ experts.gate_up_proj[expert].T).chunk(2, -1)
         inner = torch.nn.functional.silu(first) * second * gate[:, None]
-        torch.testing.assert_close(found[f"model.layers.1.mlp.experts.down_proj.{expert}"].input_norm, inner.norm(dim=0), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            found[f"model.layers.1.mlp.experts.down_proj.{expert}"].input_norm, inner.norm(dim=0), rtol=1e-3, atol=1e-3
+        )
 
 
 def test_the_second_block_sees_the_compressed_first() -> None:
@@ -112,13 +117,20 @@ def test_killed_at_a_block_and_resumed_equals_uninterrupted(tmp_path: Path, monk
     whole, again = tiny("deepseek_v3"), tiny("deepseek_v3")
     prune_blocks(whole, batches(), sparsity=0.5)
     kill = _InMemory.save
-    monkeypatch.setattr(_InMemory, "save", lambda self, block: (kill(self, block), (_ for _ in ()).throw(KeyboardInterrupt)) and None)
+
+    def save_and_die(self: _InMemory, block: int) -> None:
+        kill(self, block)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_InMemory, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         prune_blocks(again, batches(), sparsity=0.5, resume_dir=tmp_path)
     monkeypatch.undo()
     fresh = tiny("deepseek_v3")
     prune_blocks(fresh, batches(), sparsity=0.5, resume_dir=tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
     with pytest.raises(CompressError, match="another run"):
         prune_blocks(tiny("deepseek_v3"), batches(), sparsity=0.6, resume_dir=tmp_path)
 
@@ -166,7 +178,10 @@ def test_streaming_holds_one_block_and_resumes(tmp_path: Path, monkeypatch: pyte
         return gather(found, needs)
 
     holder, run = {}, engine_module.run_blocks
-    monkeypatch.setattr("hf_compress.oneshot.checkpoint.run_blocks", lambda model, *a, **k: (holder.update(model=model), run(model, *a, **k))[1])
+    monkeypatch.setattr(
+        "hf_compress.oneshot.checkpoint.run_blocks",
+        lambda model, *a, **k: (holder.update(model=model), run(model, *a, **k))[1],
+    )
     monkeypatch.setattr(engine_module, "Gatherer", watch)
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoint(tmp_path / "source", tmp_path / "target", batches(), sparsity=0.5)
@@ -186,7 +201,9 @@ def test_fp8_sources_are_dequantized_and_truncated_shards_named(tmp_path: Path) 
     expected = (tensors[key].float() * 0.5).to(torch.bfloat16)
     save_file(tensors, file, {"format": "pt"})
     prune_checkpoint(tmp_path / "source", tmp_path / "target", batches(), criterion="magnitude", sparsity=0.25)
-    written = AutoModelForCausalLM.from_pretrained(tmp_path / "target").state_dict()["model.layers.1.mlp.experts.gate_up_proj"][2, 64:]
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "target").state_dict()[
+        "model.layers.1.mlp.experts.gate_up_proj"
+    ][2, 64:]
     assert torch.equal(written[written != 0], expected[written != 0])
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(CompressError, match="shard"):

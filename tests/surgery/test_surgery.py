@@ -16,7 +16,11 @@ IDS = torch.arange(3, 19)[None]
 
 def reloaded(model, folder: Path):
     model.save_pretrained(folder)
-    auto = AutoModelForSequenceClassification if "num_labels" in model.config.to_diff_dict() or model.config.model_type == "bert" else AutoModelForCausalLM
+    auto = (
+        AutoModelForSequenceClassification
+        if "num_labels" in model.config.to_diff_dict() or model.config.model_type == "bert"
+        else AutoModelForCausalLM
+    )
     again, info = auto.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -31,7 +35,10 @@ def test_dropped_layers_reload_equal_and_generate(name: str, tmp_path: Path) -> 
     again = reloaded(model, tmp_path)
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-4)
     if name in CAUSAL:
-        assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), again.generate(IDS, max_new_tokens=4, do_sample=False))
+        assert torch.equal(
+            model.generate(IDS, max_new_tokens=4, do_sample=False),
+            again.generate(IDS, max_new_tokens=4, do_sample=False),
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])

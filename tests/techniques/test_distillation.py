@@ -19,13 +19,17 @@ from tests.training import collate, rows, trainer
 def test_forward_kl_gradient_is_t_times_q_minus_p() -> None:
     student, teacher = torch.randn(5, 7, dtype=torch.float32, requires_grad=True), torch.randn(5, 7)
     losses["forward_kl"](student, teacher, temperature=3.0).sum().backward()
-    torch.testing.assert_close(student.grad, 3 * ((student / 3).softmax(-1) - (teacher / 3).softmax(-1)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        student.grad, 3 * ((student / 3).softmax(-1) - (teacher / 3).softmax(-1)), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_forward_kl_at_high_temperature_is_centred_squared_error() -> None:
     a, b = torch.randn(4, 9), torch.randn(4, 9)
     difference = (a - b) - (a - b).mean(-1, keepdim=True)
-    torch.testing.assert_close(losses["forward_kl"](a, b, temperature=30.0).sum(), difference.square().sum() / (2 * 9), rtol=0.1, atol=0)
+    torch.testing.assert_close(
+        losses["forward_kl"](a, b, temperature=30.0).sum(), difference.square().sum() / (2 * 9), rtol=0.1, atol=0
+    )
 
 
 def test_hidden_mse_is_zero_at_equality_one_for_zero_and_ignores_scale() -> None:
@@ -65,8 +69,14 @@ def test_predictions_hold_logits_only(tmp_path: Path) -> None:
     assert run.predict(run.eval_dataset).predictions.shape == (16, 2)
 
 
-@pytest.mark.parametrize(("teacher", "options", "message"), [
-    ({"vocab_size": 64}, {}, "vocabulary"), ({}, {"layer_map": [0, 7], "hidden_weight": 1.0}, "layer_map"), ({}, {"loss": "forward_lk"}, "forward_kl")])
+@pytest.mark.parametrize(
+    ("teacher", "options", "message"),
+    [
+        ({"vocab_size": 64}, {}, "vocabulary"),
+        ({}, {"layer_map": [0, 7], "hidden_weight": 1.0}, "layer_map"),
+        ({}, {"loss": "forward_lk"}, "forward_kl"),
+    ],
+)
 def test_bad_teachers_are_refused_before_training(teacher: dict, options: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(CompressError, match=message):
         trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", **teacher), **options)])
@@ -85,18 +95,45 @@ def test_lora_student_learns_from_its_own_base(tmp_path: Path) -> None:
     student = get_peft_model(tiny("llama"), LoraConfig(target_modules="all-linear", r=4))
     run = trainer(student, tmp_path, [Distillation("base")], task_weight=0.0)
     run.train()
-    assert run.state.log_history[0]["loss_kl"] == pytest.approx(0, abs=1e-5)  # B = 0 at the start: the student is its base
+    assert run.state.log_history[0]["loss_kl"] == pytest.approx(
+        0, abs=1e-5
+    )  # B = 0 at the start: the student is its base
 
 
 def test_thin_trainer_and_argument_parser(tmp_path: Path) -> None:
-    args, distillation, pruning = HfArgumentParser((TrainingArguments, Distillation, Pruning)).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--temperature", "4", "--sparsity", "0.3", "--use_cpu", "--max_steps", "1", "--report_to", "none"])
+    args, distillation, pruning = HfArgumentParser(
+        (TrainingArguments, Distillation, Pruning)
+    ).parse_args_into_dataclasses(
+        [
+            "--output_dir",
+            str(tmp_path),
+            "--temperature",
+            "4",
+            "--sparsity",
+            "0.3",
+            "--use_cpu",
+            "--max_steps",
+            "1",
+            "--report_to",
+            "none",
+        ]
+    )
     assert (distillation.temperature, pruning.sparsity) == (4.0, 0.3)
-    DistillationTrainer(tiny("llama"), tiny("llama", seed=1), temperature=distillation.temperature, args=args, train_dataset=rows(), data_collator=collate).train()
+    DistillationTrainer(
+        tiny("llama"),
+        tiny("llama", seed=1),
+        temperature=distillation.temperature,
+        args=args,
+        train_dataset=rows(),
+        data_collator=collate,
+    ).train()
 
 
 def test_a_mapping_is_validated_into_a_technique() -> None:
-    assert TypeAdapter(Distillation).validate_python({"teacher_model": "dense", "layer_map": [0, 1]}).layer_map == [0, 1]
+    assert TypeAdapter(Distillation).validate_python({"teacher_model": "dense", "layer_map": [0, 1]}).layer_map == [
+        0,
+        1,
+    ]
     with pytest.raises(ValidationError, match="temprature"):
         TypeAdapter(Distillation).validate_python({"temprature": 2})
 

@@ -1,4 +1,5 @@
-"""What is trained is what ships: rounding is seen in the forward, absent from the state_dict, and left in the weights at the end."""
+"""What is trained is what ships: rounding is seen in the forward, absent from the state_dict, and left in the weights
+at the end."""
 
 from pathlib import Path
 

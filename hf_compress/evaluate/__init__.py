@@ -1,0 +1,110 @@
+"""Measure what a finished folder costs and how good it is, against the dense model, on this machine, in pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_compress.backends.onnx import export_onnx
+from hf_compress.data import Prepared
+from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.evaluate.artefacts import open_folder, open_onnx
+from hf_compress.evaluate.cost import machine_facts, memory_after_forward, paired_latency, parameter_counts, sparsity
+from hf_compress.evaluate.quality import quality
+
+METRICS = ("quality", "kl", "size", "latency", "memory", "sparsity")
+
+
+@dataclass
+class Evaluate:
+    """``evaluate: {metrics: [quality, size, latency, memory], batch_sizes: [1, 32], length: 32}``"""
+
+    metrics: list[str] = field(default_factory=lambda: list(METRICS), metadata={"help": "among " + ", ".join(METRICS)})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "of the latency measure"})
+    length: int = field(default=32, metadata={"help": "tokens a row of the latency measure"})
+    repeats: int = field(default=20, metadata={"help": "interleaved rounds of the latency measure"})
+    threads: int | None = field(
+        default=None, metadata={"help": "of torch and onnxruntime alike; none = torch's own choice"}
+    )
+    max_examples: int | None = field(default=None, metadata={"help": "rows of the quality measure; none = all"})
+    compare_plain_onnx: bool = field(
+        default=False,
+        metadata={"help": "also measure the dense model exported to ONNX int8 without compression of ours"},
+    )
+
+    def check(self) -> None:
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise CompressError(
+                    f"unknown metric {metric!r}", where="evaluate.metrics", next_step=did_you_mean(metric, METRICS)
+                )
+
+
+def evaluate(
+    folder: Path, dense: str, *, spec: Evaluate, prepared: Prepared, task: str, scratch: Path, seed: int = 0
+) -> dict[str, Any]:
+    """JSON facts of ``{"machine", "settings", "artefacts": {"dense", "plain_onnx"?, "root", "onnx"?}}``.
+
+    Quality differences are paired on the same examples with a 95% bootstrap interval; latencies are interleaved in
+    one process and compared round by round; memory is what a fresh process holds more after loading and one forward.
+
+    Raises:
+        CompressError: logits that are not finite.
+    """
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    artefacts = [open_folder("dense", dense, task), open_folder("root", str(folder), task)]
+    files = sorted((folder / "onnx").glob("*.onnx"))
+    artefacts += [open_onnx("onnx", files[0])] if files else []
+    if spec.compare_plain_onnx and artefacts[0].model is not None:
+        export_onnx(artefacts[0].model, scratch / "plain", plain=True)
+        artefacts.insert(1, open_onnx("plain_onnx", scratch / "plain" / "onnx" / "model_quantized.onnx"))
+    facts: dict[str, Any] = {
+        "machine": machine_facts(),
+        "settings": {
+            "task": task,
+            "threads": torch.get_num_threads(),
+            "batch_sizes": spec.batch_sizes,
+            "length": spec.length,
+            "repeats": spec.repeats,
+            "seed": seed,
+        },
+        "artefacts": {a.name: {} for a in artefacts},
+    }
+    each = facts["artefacts"]
+    for artefact in artefacts:
+        if "size" in spec.metrics:
+            each[artefact.name]["bytes"] = artefact.weights_bytes
+        if artefact.model is not None and "size" in spec.metrics:
+            each[artefact.name] |= parameter_counts(artefact.model)
+        if artefact.model is not None and "sparsity" in spec.metrics:
+            each[artefact.name]["sparsity"] = sparsity(artefact.model)
+    if "quality" in spec.metrics:
+        for name, found in quality(
+            artefacts, prepared, task, spec.max_examples, with_kl="kl" in spec.metrics, seed=seed
+        ).items():
+            each[name] |= found
+    if "latency" in spec.metrics:
+        made = torch.Generator().manual_seed(seed)
+        for size in spec.batch_sizes:
+            ids = torch.randint(
+                5,
+                artefacts[0].model.config.vocab_size if artefacts[0].model else 100,
+                (size, spec.length),
+                generator=made,
+            )
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            timed = paired_latency({a.name: partial(a.predict, batch) for a in artefacts}, repeats=spec.repeats)
+            for name, found in timed.items():
+                each[name].setdefault("latency", {})[str(size)] = found | {
+                    "rows_per_second": size / found["wall_ms"]["median"] * 1e3
+                }
+    if "memory" in spec.metrics:
+        each["dense"]["memory_mb"], each["root"]["memory_mb"] = (
+            memory_after_forward(f, task, spec.length) for f in (dense, str(folder))
+        )
+    return facts

@@ -1,0 +1,128 @@
+"""What an artefact costs: time in pairs, memory in a fresh process, parameters, zeros; and on which machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_compress.errors import CompressError
+from hf_compress.families import family_of
+from hf_compress.source import TASKS
+from hf_compress.weights import weights
+
+
+def paired_latency(
+    candidates: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 3
+) -> dict[str, dict[str, Any]]:
+    """Wall and CPU milliseconds of each candidate, and how many times faster than the first it is.
+
+    One call of each in turn, `repeats` rounds, so a busy moment hits neighbours alike. Speed-ups are the median over
+    rounds of the first candidate's time over this one's in the same round, with quartiles.
+    """
+    for call in candidates.values():
+        for _ in range(warmup):
+            call()
+    wall: dict[str, list[float]] = {name: [] for name in candidates}
+    cpu: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in tqdm(range(repeats), desc="latency", unit="round"):
+        for name, call in candidates.items():
+            started, used = time.perf_counter(), time.process_time()
+            call()
+            wall[name].append((time.perf_counter() - started) * 1e3)
+            cpu[name].append((time.process_time() - used) * 1e3)
+    first = next(iter(candidates))
+    result: dict[str, dict[str, Any]] = {}
+    for name in candidates:
+        result[name] = {"wall_ms": _spread(wall[name]), "cpu_ms": _spread(cpu[name])}
+        if name != first:
+            result[name] |= {
+                "speedup_wall": _spread([a / b for a, b in zip(wall[first], wall[name], strict=True)]),
+                "speedup_cpu": _spread([a / b for a, b in zip(cpu[first], cpu[name], strict=True)]),
+            }
+    return result
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    low, _, high = statistics.quantiles(values, n=4)
+    return {
+        "median": statistics.median(values),
+        "low": low,
+        "high": high,
+        "p95": statistics.quantiles(values, n=20)[-1],
+    }
+
+
+def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
+    """parameters, and active_parameters: those one token passes through (of routed experts, num_experts_per_tok)."""
+    experts = family_of(model.config).experts
+    total = idle = 0
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            packed = type(module).__name__ == "Linear4bit" and not parameter.is_floating_point()
+            total += int(module.in_features) * int(module.out_features) if packed else parameter.numel()
+    if experts is not None:
+        active, count = getattr(model.config, experts.active), getattr(model.config, experts.count)
+        idle = round(sum(w.shape[0] * w.shape[1] for w in weights(model, ["expert"])) * (1 - active / count))
+    return {"parameters": total, "active_parameters": total - idle}
+
+
+def sparsity(model: PreTrainedModel) -> float | None:
+    """Share of exact zeros in the block matrices; None when they are packed."""
+    found = weights(model)
+    if any(not w.whole.is_floating_point() for w in found):
+        return None
+    return sum(int((w.matrix == 0).sum()) for w in found) / sum(w.shape[0] * w.shape[1] for w in found)
+
+
+def memory_after_forward(folder: str, task: str, length: int) -> float:
+    """MiB of anonymous memory a fresh process holds more after plain from_pretrained and one forward than before
+    it."""
+    code = (
+        "import gc, sys, psutil, torch, transformers\n"
+        "transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()\n"
+        "auto = getattr(transformers, sys.argv[2]); info = psutil.Process().memory_info\n"
+        "before = info().rss - info().shared\nmodel = auto.from_pretrained(sys.argv[1]).eval()\n"
+        "with torch.no_grad(): model(input_ids=torch.full((1, int(sys.argv[3])), 7))\n"
+        "gc.collect(); print('MB', (info().rss - info().shared - before) / 2**20)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder, TASKS[task], str(length)], capture_output=True, text=True
+    )
+    line = next((x for x in done.stdout.splitlines() if x.startswith("MB ")), None)
+    if line is None:
+        raise CompressError(
+            "the process that measures memory died", where=folder, next_step=done.stderr.strip()[-500:]
+        )
+    return float(line.split()[1])
+
+
+def machine_facts() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    names = (
+        [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": psutil.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

@@ -1,0 +1,94 @@
+"""The fresh process of `verify`: opens checkpoints while importing hf_compress is impossible, and says what it found.
+
+Run as a script: tolerance, then folders. Nothing imports this file.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+
+class Blocked:
+    """First in the search for modules, so that a checkpoint that needs hf_compress fails here."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".")[0] == "hf_compress":
+            raise ModuleNotFoundError("hf_compress is blocked: the checkpoint must open without it")
+
+
+sys.meta_path.insert(0, Blocked())
+transformers.logging.set_verbosity_error()
+
+
+def examine(folder: Path, tolerance: float) -> tuple[list[str], dict[str, Any]]:
+    """Problems (none: it is as it was saved) and measured facts of one folder."""
+    problems: list[str] = []
+    facts: dict[str, Any] = {}
+    pickles = [p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    if pickles:
+        problems.append("pickle files: " + ", ".join(pickles))
+    config = json.loads((folder / "config.json").read_text())
+    model, info = getattr(transformers, config["architectures"][0]).from_pretrained(folder, output_loading_info=True)
+    for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(name):
+            problems.append(f"{name}: {sorted(map(str, info[name]))[:3]}")
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # compare the stored weights, not the repacked kernel
+    head = model.get_output_embeddings() if config.get("tie_word_embeddings") else None
+    if head is not None and head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr():
+        problems.append("the output embedding is no longer tied to the input embedding")
+    expected = load_file(folder / "expectation.safetensors")
+    with torch.no_grad():
+        logits = model(input_ids=expected["input_ids"], attention_mask=expected["attention_mask"]).logits.float()
+    want = expected["logits"].float()
+    if not torch.isfinite(logits).all():
+        problems.append("logits are not finite")
+    elif logits.shape != want.shape:
+        problems.append(f"logits have shape {tuple(logits.shape)}, expected {tuple(want.shape)}")
+    else:
+        facts["logits_difference"] = float((logits - want).abs().max() / want.abs().max())
+        if facts["logits_difference"] > tolerance:
+            problems.append(f"logits differ by {facts['logits_difference']:.1e} of the largest, above {tolerance:g}")
+    state = model.state_dict()
+    for key in expected:
+        if key.startswith("zeros."):
+            name = key[len("zeros.") :]
+            if name in state and int((state[name] == 0).sum()) < int(expected[key]):
+                problems.append(f"{name} has {int((state[name] == 0).sum())} zeros, expected {int(expected[key])}")
+    if model.can_generate():
+        model.generate(
+            expected["input_ids"][:1], attention_mask=expected["attention_mask"][:1], max_new_tokens=4, do_sample=False
+        )
+        facts["generates"] = True
+    for path in sorted((folder / "onnx").glob("*.onnx")) if (folder / "onnx").is_dir() else []:
+        from onnxruntime import InferenceSession
+
+        facts_of_export = json.loads((folder / "onnx" / "export.json").read_text())
+        (got,) = InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+            None, {"input_ids": expected["input_ids"].numpy(), "attention_mask": expected["attention_mask"].numpy()}
+        )
+        want_onnx = expected["onnx_logits"].numpy()
+        facts["onnx_difference"] = float(abs(got - want_onnx).max() / abs(want_onnx).max())
+        if not facts["onnx_difference"] <= tolerance:
+            problems.append(
+                f"{path.name} differs by {facts['onnx_difference']:.1e} from what was exported, above {tolerance:g}"
+            )
+        facts["onnx_error"] = facts_of_export["error"]
+    facts["class"], facts["parameters"] = type(model).__name__, sum(p.numel() for p in model.parameters())
+    return problems, facts
+
+
+report = {}
+for folder in sys.argv[2:]:
+    try:
+        report[folder] = examine(Path(folder), float(sys.argv[1]))
+    except Exception as error:  # whatever goes wrong in a plain load is the finding
+        report[folder] = ([f"{type(error).__name__}: {str(error)[:300]}"], {})
+print("REPORT" + json.dumps(report))
