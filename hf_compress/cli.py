@@ -1,4 +1,4 @@
-"""hf-compress: run, evaluate, verify, card, list."""
+"""hf-compress: run, plan, evaluate, verify, card, list."""
 
 from __future__ import annotations
 
@@ -56,6 +56,27 @@ def run(
     )
     _show(result.facts)
     console.print(f"\ncard: {result.folder / 'README.md'}")
+
+
+@app.command()
+def plan(recipe: RecipeArgument, set_: Overrides = None) -> None:
+    """Print what a recipe would do, from the model's config alone: parameters, bytes, coverage, notes."""
+    from hf_compress.plan import plan as plan_recipe
+    from hf_compress.recipe import load
+
+    rows = plan_recipe(load(recipe, set_))
+    table = Table("stage", title=f"plan of {recipe}", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("parameters", "active", "bytes", "x smaller", "covered", "experts"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        shares = ("-" if value is None else f"{value:.1%}" for value in (row.share, row.experts))
+        ratio = f"{rows[0].bytes / row.bytes:.2f}"
+        cells = (f"{row.parameters / 1e6:,.1f} M", f"{row.active / 1e6:,.1f} M", f"{row.bytes / 1e6:,.1f} MB", ratio)
+        table.add_row(f"{row.name} ({row.kind})", *cells, *shares)
+    console.print(table)
+    for row in rows:
+        for note in row.notes:
+            console.print(f"  {row.name}: {note}", markup=False)
 
 
 @app.command()

@@ -66,7 +66,7 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
     """The model's config, no weights read.
 
     Raises:
-        CompressError: neither or both of id and config; a folder whose weights are pickle files only.
+        CompressError: neither or both of id and config; no config there.
     """
     if (source.id is None) == (source.config is None):
         raise CompressError(
@@ -78,13 +78,6 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
         return AutoConfig.for_model(**copy.deepcopy(source.config))
     assert source.id is not None
     path = local_path(source.id)
-    if Path(path).is_dir() and not source.gguf_file and not any(Path(path).glob("*.safetensors")):
-        pickles = sorted(p.name for p in Path(path).iterdir() if p.suffix in {".bin", ".pt", ".pth"})
-        raise CompressError(
-            f"no safetensors weights here{', only pickle files: ' + ', '.join(pickles) if pickles else ''}",
-            where=path,
-            next_step="convert them once: load where you trust the file, then save_pretrained()",
-        )
     try:
         return AutoConfig.from_pretrained(path, revision=source.revision or "main", **_gguf(source))
     except OSError as error:
@@ -137,6 +130,7 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
             config, dtype=None if source.dtype == "auto" else getattr(torch, source.dtype), **options
         )
     else:
+        _refuse_pickles(source)
         if source.num_labels is not None:
             options["num_labels"] = source.num_labels
         if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "fp8":
@@ -157,6 +151,18 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
     return model.eval(), _load_tokenizer(source)
 
 
+def _refuse_pickles(source: ModelSource) -> None:
+    assert source.id is not None
+    path = local_path(source.id)
+    if Path(path).is_dir() and not source.gguf_file and not any(Path(path).glob("*.safetensors")):
+        pickles = sorted(p.name for p in Path(path).iterdir() if p.suffix in {".bin", ".pt", ".pth"})
+        raise CompressError(
+            f"no safetensors weights here{', only pickle files: ' + ', '.join(pickles) if pickles else ''}",
+            where=path,
+            next_step="convert them once: load where you trust the file, then save_pretrained()",
+        )
+
+
 def load_meta(source: ModelSource) -> PreTrainedModel:
     """The model on the meta device, from its config alone: shapes, no memory."""
     config = read_config(source)
@@ -165,8 +171,9 @@ def load_meta(source: ModelSource) -> PreTrainedModel:
         config.num_labels = source.num_labels
     config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)
+    dtype = getattr(torch, source.dtype) if source.dtype != "auto" else config.dtype or torch.float32
     with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config)
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype)
     return model
 
 

@@ -55,3 +55,32 @@ def trainer(model: PreTrainedModel, folder: Path, techniques: list[Technique], *
         eval_dataset=data,
         data_collator=collate,
     )
+
+
+WORDS = ["[PAD]", "[UNK]", "[EOS]", "good", "bad", "film", "plot", "very", "not", "slow", "bright", "dull"]
+
+
+def save_tokenizer(folder: Path, words: list[str] = WORDS) -> Path:
+    """A word-level tokenizer as transformers saves it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
+    fast.model_input_names = ["input_ids", "attention_mask"]
+    fast.save_pretrained(folder)
+    return folder
+
+
+def save_reviews(path: Path, count: int = 80) -> Path:
+    """A csv of short texts with a label that their words decide."""
+    made = torch.Generator().manual_seed(3)
+    lines = ["text,label,source"]
+    for i in range(count):
+        words = [WORDS[int(w)] for w in torch.randint(5, len(WORDS), (6,), generator=made)]
+        lines.append(
+            f"{' '.join([('good', 'bad')[i % 2], *words])},{('pos', 'neg')[i % 2]},{'a' if i % 4 < 3 else 'b'}"
+        )
+    path.write_text("\n".join(lines))
+    return path

@@ -10,10 +10,12 @@ from types import FrameType
 from typing import Any
 
 import torch
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_compress.coverage import coverage
+from hf_compress.data import Data, prepare
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.stages.base import Done, Stage, Work
 from hf_compress.techniques import Technique
@@ -42,6 +44,12 @@ class Train(Stage):
     qat: QAT | None = field(default=None, metadata={"help": "quantization-aware training, as the `QAT` technique"})
     lora: dict[str, Any] | None = field(
         default=None, metadata={"help": "train LoRA adapters (peft LoraConfig fields) and merge them"}
+    )
+    extra_data: Data | None = field(
+        default=None,
+        metadata={
+            "help": "more rows to train on, such as unlabelled text to distil on (their labels count unless task_weight is 0)"
+        },
     )
     task_weight: float = field(default=1.0, metadata={"help": "weight of the task loss beside the techniques' terms"})
     freeze: list[str] = field(
@@ -96,7 +104,7 @@ class Train(Stage):
             techniques=self.techniques,
             task_weight=self.task_weight,
             args=arguments,
-            train_dataset=work.prepared.train,
+            train_dataset=self._rows(work),
             eval_dataset=work.prepared.eval,
             data_collator=work.prepared.collator,
             processing_class=work.tokenizer,
@@ -124,6 +132,13 @@ class Train(Stage):
         trained = [w.name for w in weights(model, KINDS) if not any(re.search(p, w.name) for p in self.freeze)]
         return Done(model.eval(), facts, coverage(model, trained), quantized=work.quantized)
 
+    def _rows(self, work: Work) -> Dataset:
+        if self.extra_data is None:
+            return work.prepared.train
+        assert work.tokenizer is not None
+        more = prepare(self.extra_data, work.tokenizer, task=work.task)
+        return concatenate_datasets([work.prepared.train, more.train.cast(work.prepared.train.features)])
+
     def _freeze(self, model: PreTrainedModel) -> list[str]:
         frozen = []
         for pattern in self.freeze:
@@ -144,7 +159,8 @@ class Train(Stage):
 
         kind = {"causal-lm": "CAUSAL_LM", "text-classification": "SEQ_CLS"}[work.task]
         if work.quantized:
-            model = prepare_model_for_kbit_training(model)
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model.config._name_or_path = model.__dict__["name_or_path"] = work.checkpoint  # adapters record their base
         torch.manual_seed(work.seed)
         adapted: torch.nn.Module = get_peft_model(
             model, LoraConfig(**({"task_type": kind, "target_modules": "all-linear"} | (self.lora or {})))

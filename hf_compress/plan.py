@@ -1,0 +1,105 @@
+"""What a recipe would do, from the model's config alone: parameters, bytes and coverage of every stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_compress.backends import backends
+from hf_compress.coverage import KEPT, coverage
+from hf_compress.evaluate.cost import parameter_counts
+from hf_compress.recipe import Recipe
+from hf_compress.source import load_meta, read_config
+from hf_compress.stages import Prune, Quantize, Shrink, Train
+from hf_compress.surgery import drop_layers, shrink_ffn
+from hf_compress.weights import weights
+
+FP8_BYTES = 1 + 4 / 128**2  # one byte a weight and one fp32 scale for each 128 x 128 block
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The model as one stage leaves it: bytes on disk; share and experts as `Coverage`; notes: what will happen."""
+
+    name: str
+    kind: str
+    parameters: int
+    active: int
+    bytes: float
+    share: float | None = None
+    experts: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def plan(recipe: Recipe) -> list[Planned]:
+    """One `Planned` for the source and for each stage, in order. Works on the meta device, no weight is read.
+
+    Bytes of the source are those of its dtype, FP8 block-scaled included; a stage after it writes bfloat16.
+
+    Raises:
+        CompressError: as loading the recipe and its config; a shrink that is impossible.
+    """
+    config = read_config(recipe.model)
+    model = load_meta(recipe.model)
+    rows = [_row("source", "source", model, _source_bytes(config, model))]
+    for named in recipe.stages:
+        stage, notes = named.stage, []
+        share = experts = None
+        bytes_now = _dense_bytes(model)
+        if isinstance(stage, Shrink):
+            if stage.layers is not None:
+                drop_layers(model, keep=stage.layers)
+            if stage.ffn is not None:
+                shrink_ffn(model, width=stage.ffn)
+            bytes_now = _dense_bytes(model)
+        elif isinstance(stage, Prune) or (isinstance(stage, Train) and stage.prune is not None):
+            notes.append("zeros make no file smaller and no stock runtime faster")
+            share = coverage(model, [w.name for w in weights(model)]).share
+        elif isinstance(stage, Quantize):
+            entry = backends.entry(stage.backend)
+            found = {
+                w: entry.traits["stores"](w, bits=stage.bits, group_size=stage.group_size) for w in weights(model)
+            }
+            if "dtype" in stage.options:
+                model.to(getattr(torch, stage.options["dtype"]))
+            bytes_now = _dense_bytes(model) - sum(w.nbytes for w, size in found.items() if not isinstance(size, str))
+            bytes_now += sum(size for size in found.values() if not isinstance(size, str))
+            reasons = {w.name: reason for w, reason in found.items() if isinstance(reason, str)}
+            covered = coverage(model, [w.name for w in found if w.name not in reasons], reasons)
+            share, experts = covered.share, covered.experts
+            notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]
+            notes += [f"stays as it is: {len(names)} x {why}" for why, names in covered.skipped.items()]
+            low = min(share, 1.0 if experts is None else experts)
+            if low < stage.min_coverage:
+                notes.append(f"will be REFUSED: covers {low:.1%}, below min_coverage {stage.min_coverage:.0%}")
+        elif named.kind == "export":
+            notes.append("a copy for ONNX Runtime lies in onnx/ beside the checkpoint")
+        rows.append(_row(named.name, named.kind, model, bytes_now, share, experts, notes))
+    return rows
+
+
+def _row(
+    name: str,
+    kind: str,
+    model: PreTrainedModel,
+    size: float,
+    share: float | None = None,
+    experts: float | None = None,
+    notes: list[str] | None = None,
+) -> Planned:
+    counts = parameter_counts(model)
+    return Planned(name, kind, counts["parameters"], counts["active_parameters"], size, share, experts, notes or [])
+
+
+def _source_bytes(config: PreTrainedConfig, model: PreTrainedModel) -> float:
+    total = _dense_bytes(model)
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "fp8":
+        block = [w for w in weights(model) if w.kind not in KEPT]
+        total += sum(w.shape[0] * w.shape[1] * FP8_BYTES - w.nbytes for w in block)
+    return total
+
+
+def _dense_bytes(model: PreTrainedModel) -> float:
+    return float(sum(p.numel() * p.element_size() for p in model.parameters()))

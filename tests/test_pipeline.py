@@ -1,0 +1,307 @@
+"""Recipes end to end on tiny models, and every mistake as a person would see it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from hf_compress import pipeline
+from hf_compress.card import render_card
+from hf_compress.errors import CompressError
+from hf_compress.pipeline import compress
+from hf_compress.plan import plan
+from hf_compress.recipe import load, parse, shipped
+from hf_compress.stages import Train
+from tests.models import CONFIGS, tiny
+from tests.training import WORDS, save_reviews, save_tokenizer
+
+ARGS = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "disable_tqdm": True}
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> dict[str, Any]:
+    """Prune-free: fine-tune, shrink, distil, export, int8."""
+    config = CONFIGS["bert"] | {"model_type": "bert", "num_hidden_layers": 3}
+    return {
+        "name": "tiny",
+        "model": {"config": config, "tokenizer": str(save_tokenizer(tmp_path / "tok")), "task": "text-classification"},
+        "data": {"id": str(save_reviews(tmp_path / "reviews.csv")), "eval_size": 16},
+        "baseline": "finetune",
+        "stages": [
+            {"name": "finetune", "train": {"args": dict(ARGS)}},
+            {"shrink": {"layers": [0, 2], "ffn": 64}},
+            {
+                "name": "distil",
+                "train": {
+                    "distill": {"teacher_model": "dense", "layer_map": [0, 2], "hidden_weight": 0.5},
+                    "args": dict(ARGS),
+                },
+            },
+            {"export": {"format": "onnx"}},
+            {"quantize": {"backend": "bitsandbytes", "bits": 8, "options": {"dtype": "float16"}}},
+        ],
+        "evaluate": {"batch_sizes": [1], "length": 8, "repeats": 5, "compare_plain_onnx": True},
+    }
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> dict[str, Any]:
+    """One-shot prune, recover under the mask, 4 bits with experts."""
+    tiny("deepseek_v3", vocab_size=len(WORDS)).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    hold = {"sparsity": 0.5, "schedule": "constant", "pattern": "2:4"}
+    return {
+        "name": "tiny-moe",
+        "model": {"id": str(tmp_path / "model")},
+        "data": {
+            "id": str(save_reviews(tmp_path / "reviews.csv")),
+            "eval_size": 16,
+            "max_length": 16,
+            "packing": True,
+        },
+        "stages": [
+            {"prune": {"criterion": "wanda", "sparsity": 0.5, "pattern": "2:4", "samples": 16}},
+            {
+                "name": "recover",
+                "train": {
+                    "distill": {"teacher_model": "dense"},
+                    "prune": hold,
+                    "task_weight": 0.0,
+                    "args": dict(ARGS),
+                },
+            },
+            {"quantize": {"backend": "compressed-tensors", "bits": 4, "group_size": 32}},
+        ],
+        "evaluate": {"metrics": ["quality", "kl", "size", "sparsity"]},
+    }
+
+
+def test_classifier_from_recipe_to_card(classifier: dict[str, Any], tmp_path: Path) -> None:
+    result = compress(parse(classifier), tmp_path / "out")
+    found = result.facts["evaluation"]["artefacts"]
+    assert list(found) == ["dense", "plain_onnx", "root", "onnx"]
+    assert found["root"]["bytes"] < found["dense"]["bytes"] / 2
+    assert all(
+        "accuracy_difference" in found[n] and found[n]["latency"]["1"]["speedup_wall"]
+        for n in ("plain_onnx", "root", "onnx")
+    )
+    assert (tmp_path / "out" / "onnx" / "model_quantized.onnx").stat().st_size == found["onnx"]["bytes"]
+    assert result.facts["verify"]["onnx_difference"] < 1e-3
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{100 * found['onnx']['accuracy']['value']:.2f}%" in card
+    with pytest.raises(CompressError, match="exists"):
+        compress(parse(classifier), tmp_path / "out")
+
+
+def test_decoder_keeps_its_zeros_and_covers_its_experts(decoder: dict[str, Any], tmp_path: Path) -> None:
+    facts = compress(parse(decoder), tmp_path / "out").facts
+    prune, recover, quantize = facts["stages"]
+    assert quantize["coverage"]["experts"] == 1.0
+    assert prune["facts"]["mean_sparsity"] == 0.5
+    assert recover["facts"]["techniques"]["Pruning"]["sparsity"] == 0.5
+    assert facts["evaluation"]["artefacts"]["root"]["perplexity"]["tokens"] > 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        model(torch.tensor([[3, 4, 5]]))
+    for expert in model.state_dict()["model.layers.1.mlp.experts.gate_up_proj"]:
+        assert ((expert.reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compress(parse(decoder), tmp_path / "whole").facts
+    run, runs = Train.run, []
+
+    def die(self: Train, work: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Train, "run", die)
+    with pytest.raises(KeyboardInterrupt):
+        compress(parse(decoder), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    monkeypatch.setattr(Train, "run", run)
+    monkeypatch.setattr("hf_compress.stages.prune.prune_blocks", lambda *a, **k: runs.append(1))
+    again = compress(parse(decoder), tmp_path / "again").facts
+    assert runs == []  # the finished prune stage was not redone
+    assert again["evaluation"]["artefacts"] == whole["evaluation"]["artefacts"]
+
+
+def test_bitsandbytes_is_refused_for_experts_by_coverage(decoder: dict[str, Any], tmp_path: Path) -> None:
+    decoder["stages"] = [{"quantize": {"backend": "bitsandbytes", "bits": 8}}]
+    assert any("REFUSED" in note for row in plan(parse(decoder)) for note in row.notes)
+    with pytest.raises(CompressError, match=r"below min_coverage.*stacked experts"):
+        compress(parse(decoder), tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module")  # merging rounds again: that is what this recipe asks for
+def test_training_after_quantize_needs_and_takes_lora(decoder: dict[str, Any], tmp_path: Path) -> None:
+    tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path / "model")
+    train = {"distill": {"teacher_model": "dense"}, "task_weight": 0.0, "args": dict(ARGS)}
+    decoder["stages"] = [{"quantize": {"backend": "bitsandbytes", "bits": 4}}, {"train": train}]
+    with pytest.raises(CompressError, match="only through LoRA"):
+        parse(decoder)
+    train["lora"] = {"r": 4}
+    facts = compress(parse(decoder), tmp_path / "out").facts
+    assert facts["stages"][1]["facts"]["steps"] == 4
+    assert "Linear4bit" in str(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+
+
+def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    node: Any = recipe
+    *keys, last = [int(k) if k.isdigit() else k for k in path.split("/")]
+    for key in keys:
+        node = node[key]
+    node[last] = value
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("modle", {}, r"unknown section 'modle'[\s\S]*did you mean 'model'"),
+        ("model/idd", "x", r"unknown key 'idd'[\s\S]*model.idd"),
+        ("stages/0/prune/sparsty", 0.5, r"'sparsty'[\s\S]*stages\[0\].prune.sparsty[\s\S]*did you mean 'sparsity'"),
+        ("stages/0/prune/criterion", "wnda", r"unknown criterion 'wnda'[\s\S]*did you mean 'wanda'"),
+        ("stages/0/prune/pattern", "4:2", "unknown pattern"),
+        ("stages/0/prune/sparsity", "half", r"stages\[0\].prune.sparsity"),
+        ("stages/1/train/args/max_stepz", 3, r"no field 'max_stepz'[\s\S]*did you mean 'max_steps'"),
+        (
+            "stages/1/train/distill/temprature",
+            3,
+            r"stages\[1\].train.distill.temprature[\s\S]*did you mean 'temperature'",
+        ),
+        ("stages/2/quantize/backend", "bitsandbites", r"unknown backend[\s\S]*did you mean 'bitsandbytes'"),
+        ("stages/2/quantize/options", {"dtype": "float16"}, "no option 'dtype'"),
+        ("stages/2", {"quantise": {}}, r"unknown stage 'quantise'[\s\S]*did you mean 'quantize'"),
+        ("baseline", "finetune", "is no stage"),
+        ("evaluate/metrics", ["qualty"], r"unknown metric[\s\S]*did you mean 'quality'"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named_before_any_work(
+    decoder: dict[str, Any], path: str, value: Any, says: str
+) -> None:
+    with pytest.raises(CompressError, match=says):
+        parse(change(decoder, path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("data/text_column", "txt", r"no column 'txt'[\s\S]*text, label, source"),
+        ("data/filter", {"source": "nowhere"}, "no row is left"),
+        ("data/split", "tests", r"no split 'tests'"),
+        ("data/id", "nowhere.csv", "cannot read the data"),
+        ("model/id", "package://no_such_package/model", "is not installed"),
+        ("stages/0/prune/pattern", "2:48", r"does not divide 64[\s\S]*model.layers.0"),
+    ],
+)
+def test_mistakes_that_need_the_data_leave_no_output(
+    decoder: dict[str, Any], tmp_path: Path, path: str, value: Any, says: str
+) -> None:
+    with pytest.raises(CompressError, match=says):
+        compress(parse(change(decoder, path, value)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_teacher_with_another_tokenizer_is_refused(decoder: dict[str, Any], tmp_path: Path) -> None:
+    tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path / "teacher")
+    save_tokenizer(tmp_path / "teacher", WORDS[:3] + WORDS[3:][::-1])
+    decoder["stages"] = [
+        change(decoder, "stages/1/train/distill/teacher_model", str(tmp_path / "teacher"))["stages"][1]
+    ]
+    with pytest.raises(CompressError, match="different tokenizers"):
+        compress(parse(decoder), tmp_path / "out")
+
+
+def test_pickle_only_checkpoints_are_refused(decoder: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(CompressError, match=r"only pickle files: pytorch_model.bin"):
+        compress(parse(decoder), tmp_path / "out")
+
+
+def test_a_missing_extra_is_named_with_its_pip_command(
+    classifier: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else find(name, *a))
+    with pytest.raises(CompressError, match=r"pip install 'hf-compress\[onnx\]'"):
+        parse(classifier)
+
+
+def test_a_full_disk_leaves_nothing_under_the_final_name(
+    decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "write_expectation", full)
+    with pytest.raises(OSError, match="No space"):
+        compress(parse(decoder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_overrides_reach_stages_by_name_kind_and_number(tmp_path: Path, classifier: dict[str, Any]) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(classifier))
+    recipe = load(
+        str(file),
+        ["stages.distil.args.max_steps=9", "stages.shrink.ffn=32", "stages.0.args.learning_rate=2e-5", "seed=7"],
+    )
+    train, shrink = recipe.stages[2].stage, recipe.stages[1].stage
+    assert (train.args["max_steps"], shrink.ffn, recipe.stages[0].stage.args["learning_rate"], recipe.seed) == (
+        9,
+        32,
+        2e-5,
+        7,
+    )
+    with pytest.raises(CompressError, match="no stage 'destil'"):
+        load(str(file), ["stages.destil.args.max_steps=9"])
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_parse_and_say_what_they_are(name: str) -> None:
+    assert load(name).stages
+    assert shipped()[name].read_text().startswith("# ")
+
+
+def test_plan_of_the_quickstart_shape_matches_what_is_written(classifier: dict[str, Any], tmp_path: Path) -> None:
+    planned = plan(parse(classifier))[-1]
+    facts = compress(parse(classifier), tmp_path / "out").facts["evaluation"]["artefacts"]["root"]
+    assert planned.parameters == facts["parameters"]
+    assert planned.bytes == pytest.approx(facts["bytes"], rel=0.1)
+
+
+def test_every_number_of_the_card_comes_from_the_facts(decoder: dict[str, Any], tmp_path: Path) -> None:
+    folder = compress(parse(decoder), tmp_path / "out").folder
+    facts = json.loads((folder / "hf_compress.json").read_text())
+    card = render_card(facts)
+    for path in (
+        "root/perplexity/value",
+        "root/kl_to_dense",
+        "root/bytes",
+        "dense/parameters",
+        "root/perplexity_difference/low",
+    ):
+        other = json.loads(json.dumps(facts))
+        change(other["evaluation"]["artefacts"], path, 123456789.0)
+        assert render_card(other) != card, path
+    template = (Path(pipeline.__file__).parent / "card_template.md").read_text()
+    assert not re.findall(r"\d", re.sub(r"\{%.*?%\}|\{:\.\d[%e]\}", "", template))
+
+
+def test_hostile_names_stay_text(decoder: dict[str, Any], tmp_path: Path) -> None:
+    facts = compress(parse(decoder | {"name": 'x"><script>|\n---\nlicense: mit'}), tmp_path / "out").facts
+    card = render_card(facts)
+    body = card.split("---\n", 2)[2].split("## How to reproduce")[0]
+    assert "<script>" not in body
+    assert "license" not in yaml.safe_load(card.split("---\n")[1])
