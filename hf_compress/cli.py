@@ -130,7 +130,9 @@ def listing(what: str) -> list[tuple[str, str, str]]:
     if what == "recipes":
         return [(name, path.read_text().splitlines()[0].lstrip("# "), "") for name, path in shipped().items()]
     if what == "stages":
-        return [(name, (sys.modules[kind.__module__].__doc__ or "").strip(), "") for name, kind in STAGES.items()]
+        return [
+            (name, " ".join((sys.modules[kind.__module__].__doc__ or "").split()), "") for name, kind in STAGES.items()
+        ]
     raise CompressError(
         f"nothing to list called {what!r}", next_step=did_you_mean(what, [*registries, "recipes", "stages"])
     )

@@ -47,9 +47,7 @@ class Train(Stage):
     )
     extra_data: Data | None = field(
         default=None,
-        metadata={
-            "help": "more rows to train on, such as unlabelled text to distil on (their labels count unless task_weight is 0)"
-        },
+        metadata={"help": "more rows to train on, e.g. text to distil on (labels count unless task_weight is 0)"},
     )
     task_weight: float = field(default=1.0, metadata={"help": "weight of the task loss beside the techniques' terms"})
     freeze: list[str] = field(
