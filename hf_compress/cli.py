@@ -105,7 +105,7 @@ def card(folder: FolderArgument) -> None:
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="losses, criteria, backends, families, stages or recipes")],
+    what: Annotated[str, typer.Argument(help="losses, criteria, backends, families, techniques, stages or recipes")],
 ) -> None:
     """Name, one line and paper of everything of a kind."""
     table = Table("name", "what", "paper", box=None)
@@ -123,18 +123,25 @@ def listing(what: str) -> list[tuple[str, str, str]]:
     from hf_compress.losses import losses
     from hf_compress.recipe import shipped
     from hf_compress.stages import STAGES
+    from hf_compress.techniques.distillation import Distillation
+    from hf_compress.techniques.pruning import Pruning
+    from hf_compress.techniques.qat import QAT
 
     registries = {"losses": losses, "criteria": criteria, "backends": backends, "families": families}
     if what in registries:
         return [(entry.name, entry.summary, entry.paper) for entry in registries[what]]  # type: ignore[attr-defined]
     if what == "recipes":
         return [(name, path.read_text().splitlines()[0].lstrip("# "), "") for name, path in shipped().items()]
+    if what == "techniques":
+        found = (Distillation, Pruning, QAT)
+        return [(kind.__name__, (sys.modules[kind.__module__].__doc__ or "").strip(), "") for kind in found]
     if what == "stages":
         return [
             (name, " ".join((sys.modules[kind.__module__].__doc__ or "").split()), "") for name, kind in STAGES.items()
         ]
     raise CompressError(
-        f"nothing to list called {what!r}", next_step=did_you_mean(what, [*registries, "recipes", "stages"])
+        f"nothing to list called {what!r}",
+        next_step=did_you_mean(what, [*registries, "recipes", "stages", "techniques"]),
     )
 
 

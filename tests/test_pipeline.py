@@ -1,13 +1,16 @@
 """Recipes end to end on tiny models, and every mistake as a person would see it."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_compress import pipeline
@@ -17,6 +20,7 @@ from hf_compress.pipeline import compress
 from hf_compress.plan import plan
 from hf_compress.recipe import load, parse, shipped
 from hf_compress.stages import Train
+from hf_compress.techniques.distillation import Distillation
 from tests.models import CONFIGS, tiny
 from tests.training import WORDS, save_reviews, save_tokenizer
 
@@ -305,3 +309,27 @@ def test_hostile_names_stay_text(decoder: dict[str, Any], tmp_path: Path) -> Non
     body = card.split("---\n", 2)[2].split("## How to reproduce")[0]
     assert "<script>" not in body
     assert "license" not in yaml.safe_load(card.split("---\n")[1])
+
+
+def test_ctrl_c_in_training_saves_and_the_same_command_goes_on(
+    decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder["evaluate"] = None
+    whole = compress(parse(decoder), tmp_path / "whole").folder
+    terms, steps = Distillation.loss_terms, []
+
+    def interrupted(self: Distillation, step: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return terms(self, step)
+
+    monkeypatch.setattr(Distillation, "loss_terms", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(parse(decoder), tmp_path / "again")
+    assert len(steps) == 2
+    assert list((tmp_path / ".again.work").glob("*recover*.running/trainer/checkpoint-2"))
+    again = compress(parse(decoder), tmp_path / "again").folder
+    assert len(steps) == 4  # two before the interruption, two after: nothing was done twice
+    ours, theirs = load_file(again / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)

@@ -1,0 +1,67 @@
+"""What a person sees: commands that teach, errors that are short, exit codes a script can use."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_compress import __version__
+from hf_compress.cli import main
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["hf-compress", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("run", "plan", "evaluate", "verify", "card", "list"))
+
+
+@pytest.mark.parametrize(
+    ("what", "holds"),
+    [("losses", "forward_kl"), ("criteria", "wanda"), ("backends", "bitsandbytes"), ("families", "deepseek_v3")]
+    + [("stages", "shrink"), ("recipes", "quickstart"), ("techniques", "QAT")],
+)
+def test_lists(what: str, holds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "list", what) == 0
+    assert holds in capsys.readouterr().out
+
+
+def test_plan_of_a_shipped_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "plan", "quickstart") == 0
+    assert "quantize (quantize)" in capsys.readouterr().out
+
+
+def test_mistakes_are_short_and_exit_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert command(monkeypatch, "run", "quickstrat", "--output", str(tmp_path / "out")) == 1
+    assert (
+        command(monkeypatch, "run", "quickstart", "--output", str(tmp_path), "--set", "stages.0.args.max_step=1") == 1
+    )
+    assert command(monkeypatch, "run", "quickstart", "--output", str(tmp_path)) == 1
+    assert command(monkeypatch, "verify", str(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert all(
+        text in said
+        for text in (
+            "no recipe 'quickstrat'",
+            "did you mean 'max_steps'",
+            "the output folder exists",
+            "no config.json",
+        )
+    )
+    assert "Traceback" not in said
+
+
+def test_public_names_exist() -> None:
+    import hf_compress
+
+    assert __version__
+    for name in hf_compress.__all__:
+        assert getattr(hf_compress, name).__doc__
