@@ -73,7 +73,7 @@ def test_damaged_checkpoints_are_found(folders: dict[tuple, Path], tmp_path: Pat
     (tmp_path / "changed" / "extra.bin").write_bytes(b"")
     with pytest.raises(CompressError) as error:
         verify(tmp_path / "missing", tmp_path / "changed")
-    assert "missing:" in str(error.value)
+    assert "missing: missing_keys" in str(error.value)
     assert "changed: logits differ" in str(error.value)
     assert "pickle files: extra.bin" in str(error.value)
 
