@@ -105,7 +105,9 @@ def card(folder: FolderArgument) -> None:
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="losses, criteria, backends, families, techniques, stages or recipes")],
+    what: Annotated[
+        str, typer.Argument(help="losses, criteria, solvers, backends, families, techniques, stages or recipes")
+    ],
 ) -> None:
     """Name, one line and paper of everything of a kind."""
     table = Table("name", "what", "paper", box=None)
@@ -121,13 +123,20 @@ def listing(what: str) -> list[tuple[str, str, str]]:
     from hf_compress.errors import CompressError, did_you_mean
     from hf_compress.families import families
     from hf_compress.losses import losses
+    from hf_compress.oneshot.solvers import solvers
     from hf_compress.recipe import shipped
     from hf_compress.stages import STAGES
     from hf_compress.techniques.distillation import Distillation
     from hf_compress.techniques.pruning import Pruning
     from hf_compress.techniques.qat import QAT
 
-    registries = {"losses": losses, "criteria": criteria, "backends": backends, "families": families}
+    registries = {
+        "losses": losses,
+        "criteria": criteria,
+        "backends": backends,
+        "families": families,
+        "solvers": solvers,
+    }
     if what in registries:
         return [(entry.name, entry.summary, entry.paper) for entry in registries[what]]  # type: ignore[attr-defined]
     if what == "recipes":

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.backends import backends
 from hf_compress.coverage import KEPT, coverage
+from hf_compress.errors import CompressError
 from hf_compress.evaluate.cost import parameter_counts
 from hf_compress.recipe import Recipe
 from hf_compress.source import load_meta, read_config
@@ -69,6 +70,11 @@ def plan(recipe: Recipe) -> list[Planned]:
             reasons = {w.name: reason for w, reason in found.items() if isinstance(reason, str)}
             covered = coverage(model, [w.name for w in found if w.name not in reasons], reasons)
             share, experts = covered.share, covered.experts
+            if "packing" in entry.traits:
+                try:
+                    entry.traits["packing"](model, bits=stage.bits, group_size=stage.group_size, **stage.options)
+                except CompressError as error:
+                    notes.append(f"will be REFUSED: {error.what}")
             notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]
             notes += [f"stays as it is: {len(names)} x {why}" for why, names in covered.skipped.items()]
             low = min(share, 1.0 if experts is None else experts)

@@ -1,5 +1,5 @@
-"""A name -> thing table that fills itself from the files of one package. Used four times: losses, criteria, backends,
-families."""
+"""A name -> thing table that fills itself from the files of one package. Used five times: losses, criteria, solvers,
+backends, families."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         compress(parse(decoder), tmp_path / "again")
     assert not (tmp_path / "again").exists()
     monkeypatch.setattr(Train, "run", run)
-    monkeypatch.setattr("hf_compress.stages.prune.prune_blocks", lambda *a, **k: runs.append(1))
+    monkeypatch.setattr("hf_compress.stages.prune.compress_blocks", lambda *a, **k: runs.append(1))
     again = compress(parse(decoder), tmp_path / "again").facts
     assert runs == []  # the finished prune stage was not redone
     assert again["evaluation"]["artefacts"] == whole["evaluation"]["artefacts"]

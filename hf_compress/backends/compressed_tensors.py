@@ -1,9 +1,10 @@
-"""compressed-tensors: integers in groups, stacked experts included; what vLLM serves."""
+"""compressed-tensors: integers in groups, stacked experts included, int8 activations too; what vLLM serves."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,123 @@ def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float
     return 4.0 * out * -(-width // per_word) + out * (width // (group_size or width)) * weight.whole.element_size()
 
 
+class Packing:
+    """How a folder stores the block matrices of `model` (only its names and shapes are read, so it may be on the meta
+    device).
+
+    reasons: weight -> why it stays as it is. quantization_config: what config.json says of it.
+
+    Raises:
+        CompressError: bits other than 4 or 8; Conv1D; with experts, a group size that does not divide every matrix
+        (all experts must be packed); 8-bit activations with 4-bit weights, groups or experts.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, bits: int, group_size: int | None = None, activations: int | None = None
+    ) -> None:
+        experts, found = family_of(model.config).experts, weights(model)
+        if bits not in (4, 8):
+            raise CompressError(f"this container stores 4 or 8 bits, not {bits}", where="quantize.bits")
+        if any(w.transposed for w in found):
+            raise CompressError(
+                "compressed-tensors packs nn.Linear, and this model's matrices are Conv1D",
+                where=type(model).__name__,
+                next_step="use bitsandbytes",
+            )
+        if activations is not None and (activations, bits, group_size) != (8, 8, None):
+            raise CompressError(
+                f"activations in {activations} bits need 8, with 8-bit weights and no group size",
+                where="quantize.options.activations",
+                next_step="bits: 8 and options: {activations: 8}, or leave activations as they are",
+            )
+        if activations is not None and experts is not None:
+            raise CompressError(
+                "transformers does not load stacked experts with quantized activations",
+                where="quantize.options.activations",
+                next_step="leave activations out: weights in 4 or 8 bits cover the experts",
+            )
+        self.grid, self.activations = Grid(bits, group_size), activations
+        self.reasons = {
+            w.name: reason for w in found if isinstance(reason := stores(w, bits=bits, group_size=group_size), str)
+        }
+        if self.reasons and experts is not None:
+            name, reason = next(iter(self.reasons.items()))
+            raise CompressError(
+                f"with experts every matrix must be packed, and here {reason}",
+                where=name,
+                next_step="pick a group size that divides all inputs: 32, 64",
+            )
+        self._modules = {w.module_name for w in found if w.kind != "expert" and w.name not in self.reasons}
+        self._experts = re.compile(rf"\.{re.escape(experts.module)}\.\d+\.\w+\.weight$") if experts else None
+        linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        self.quantization_config = self._describe(sorted(linears - self._modules))
+
+    def encode(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What is stored for one tensor of a plain checkpoint: itself, or codes and scales named after it."""
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        if key.removesuffix(".weight") not in self._modules and not (self._experts and self._experts.search(key)):
+            return {key: tensor}
+        scale = scales(tensor, self.grid)
+        rounded = codes(tensor, scale, self.grid)
+        if self.activations is not None:
+            return {key: rounded, f"{key}_scale": scale.contiguous()}
+        return {
+            f"{key}_packed": pack_to_int32(rounded, self.grid.bits),
+            f"{key}_scale": scale.contiguous(),
+            f"{key}_shape": torch.tensor(tensor.shape),
+        }
+
+    def decode(self, key: str, stored: Callable[[str], Tensor]) -> Tensor:
+        """codes * scales, (out, in) in the dtype of the scales.
+
+        Raises:
+            KeyError: `key` was stored as it is.
+        """
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        scale = stored(f"{key}_scale")
+        if self.activations is not None:
+            rounded = stored(key)
+        else:
+            shape = torch.Size(stored(f"{key}_shape").tolist())
+            rounded = unpack_from_int32(stored(f"{key}_packed"), self.grid.bits, shape)
+        grouped: Tensor = rounded.to(scale.dtype).unflatten(1, (scale.shape[1], -1))
+        return (grouped * scale[..., None]).flatten(1)
+
+    def _describe(self, ignored: list[str]) -> dict[str, Any]:
+        size = self.grid.group_size
+        weight = _numbers(self.grid.bits, dynamic=False) | (
+            {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+        )
+        inputs = None if self.activations is None else _numbers(8, dynamic=True) | {"strategy": "token"}
+        group = {"targets": ["Linear"], "weights": weight, "input_activations": inputs, "output_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized" if inputs is None else "int-quantized",
+            "quantization_status": "compressed",
+            "ignore": ignored,
+            "config_groups": {"group_0": group},
+        }
+
+
+def _numbers(bits: int, *, dynamic: bool) -> dict[str, Any]:
+    observer = None if dynamic else "minmax"
+    return {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": dynamic, "observer": observer}
+
+
 @backends.register(
     "compressed-tensors",
-    summary="4 or 8 bits in groups, experts included; dense again in transformers' memory",
+    summary="4 or 8 bits in groups, experts included; int8 activations for dense models; what vLLM serves",
     paper="https://github.com/vllm-project/compressed-tensors",
     disk="about 4x (8 bits) or 7x (4 bits) smaller than fp32",
     memory="none saved in transformers: weights are dense again after the first forward; small in vLLM",
     speed="no gain in transformers; vLLM has the kernels",
-    experts="yes",
+    experts="yes (weights only)",
     serves="transformers, vLLM",
     needs="compressed-tensors",
     stores=stores,
+    packing=Packing,
 )
 def compressed_tensors(
     model: PreTrainedModel,
@@ -51,58 +158,30 @@ def compressed_tensors(
     *,
     bits: int,
     group_size: int | None = None,
+    activations: int | None = None,
 ) -> Written:
     """Write `model` with every block matrix as symmetric integers of `bits` (4 or 8), a scale for each `group_size`
     inputs (None: each row).
 
     The values of `fake_quant` at the absmax scale, so a model that was trained with `QAT` on the same grid is stored
-    without change.
+    without change. activations: 8 rounds the inputs of every packed layer to int8 too, a scale for each token as it
+    comes.
 
     Raises:
-        CompressError: other bits; with experts, a group size that does not divide every matrix (all experts must be
-        packed).
+        CompressError: as `Packing`.
     """
-    if bits not in (4, 8):
-        raise CompressError(f"this container stores 4 or 8 bits, not {bits}", where="quantize.bits")
-    if any(w.transposed for w in weights(model)):
-        raise CompressError(
-            "compressed-tensors packs nn.Linear, and this model's matrices are Conv1D",
-            where=type(model).__name__,
-            next_step="use bitsandbytes",
-        )
-    reasons = {
-        w.name: str(reason)
-        for w in weights(model)
-        if isinstance(reason := stores(w, bits=bits, group_size=group_size), str)
-    }
-    if reasons and family_of(model.config).experts is not None:
-        name, reason = next(iter(reasons.items()))
-        raise CompressError(
-            f"with experts every matrix must be packed, and here {reason}",
-            where=name,
-            next_step="pick a group size that divides all inputs: 32, 64",
-        )
+    packing = Packing(model, bits=bits, group_size=group_size, activations=activations)
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    packed = {w.parameter.rsplit(".", 1)[0] for w in weights(model) if w.kind != "expert" and w.name not in reasons}
-    experts = family_of(model.config).experts
-    expert_key = re.compile(rf"\.{re.escape(experts.module)}\.\d+\.\w+\.weight$") if experts else None
-    grid = Grid(bits, group_size)
     renamed: dict[str, str] = {}
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, "pt") as opened:
             metadata = opened.metadata()
             tensors: dict[str, Tensor] = {}
             for key in opened.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                tensor = opened.get_tensor(key)
-                if key.removesuffix(".weight") in packed or (expert_key and expert_key.search(key)):
-                    new = _pack(tensor, grid)
-                    tensors |= {f"{key}_{part}": value for part, value in new.items()}
-                    renamed |= {f"{key}_{part}": shard.name for part in new}
-                else:
-                    tensors[key] = tensor
-                    renamed[key] = shard.name
+                tensors |= packing.encode(key, opened.get_tensor(key))
+        renamed |= dict.fromkeys(tensors, shard.name)
         save_file(tensors, shard, metadata)
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -111,43 +190,14 @@ def compressed_tensors(
         content["metadata"]["total_size"] = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         index.write_text(json.dumps(content, indent=2))
     config = json.loads((folder / "config.json").read_text())
-    ignored = sorted({w.module_name for w in weights(model) if w.name in reasons} | _unpacked_linears(model, packed))
-    config["quantization_config"] = _description(bits, group_size, ignored)
+    config["quantization_config"] = packing.quantization_config
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    again = type(model).from_pretrained(folder, **({"experts_implementation": "eager"} if experts else {}))
-    return Written(again.eval(), coverage(model, [w.name for w in weights(model) if w.name not in reasons], reasons))
-
-
-def _unpacked_linears(model: PreTrainedModel, packed: set[str]) -> set[str]:
-    return {
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in packed
-    }
-
-
-def _pack(matrix: Tensor, grid: Grid) -> dict[str, Tensor]:
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    scale = scales(matrix, grid)
-    return {
-        "packed": pack_to_int32(codes(matrix, scale, grid), grid.bits),
-        "scale": scale.contiguous(),
-        "shape": torch.tensor(matrix.shape),
-    }
-
-
-def _description(bits: int, group_size: int | None, ignored: list[str]) -> dict[str, Any]:
-    grid: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, "observer": "minmax"}
-    grid |= (
-        {"strategy": "channel", "group_size": None}
-        if group_size is None
-        else {"strategy": "group", "group_size": group_size}
+    eager = {"experts_implementation": "eager"} if family_of(model.config).experts else {}
+    again = type(model).from_pretrained(folder, **eager)
+    packed = [w.name for w in weights(model) if w.name not in packing.reasons]
+    notes = (
+        []
+        if activations is None
+        else ["activations are rounded to int8 wherever the folder is run, accuracy included"]
     )
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ignored,
-        "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": grid, "input_activations": None, "output_activations": None}
-        },
-    }
+    return Written(again.eval(), coverage(model, packed, packing.reasons), notes)

@@ -1,7 +1,18 @@
 """One-shot compression, block by block: each block sees inputs from the already compressed prefix."""
 
-from hf_compress.oneshot.checkpoint import prune_checkpoint
+from hf_compress.oneshot.checkpoint import Container, compress_checkpoint, empty_model
 from hf_compress.oneshot.engine import OneshotReport, run_blocks
-from hf_compress.oneshot.prune import prune_blocks
+from hf_compress.oneshot.memory import compress_blocks, prune
+from hf_compress.oneshot.solvers import Solver, solvers
 
-__all__ = ["OneshotReport", "prune_blocks", "prune_checkpoint", "run_blocks"]
+__all__ = [
+    "Container",
+    "OneshotReport",
+    "Solver",
+    "compress_blocks",
+    "compress_checkpoint",
+    "empty_model",
+    "prune",
+    "run_blocks",
+    "solvers",
+]

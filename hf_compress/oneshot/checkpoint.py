@@ -1,45 +1,53 @@
-"""Prune a checkpoint folder that is larger than memory: one block is read, pruned, written and let go at a time."""
+"""Compress a checkpoint folder that is larger than memory: one block is read, compressed, written and let go at a
+time."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_compress.calibration import Batch
 from hf_compress.coverage import Coverage, coverage
-from hf_compress.criteria import criteria
 from hf_compress.errors import CompressError
 from hf_compress.families import family_of
 from hf_compress.oneshot.engine import OneshotReport, run_blocks
-from hf_compress.oneshot.prune import fingerprint, pruner
+from hf_compress.oneshot.memory import fingerprint
+from hf_compress.oneshot.solvers import Solver
 from hf_compress.weights import blocks_of
 
 FP8_BLOCK = 128
 
 
-def prune_checkpoint(
-    source: Path,
-    target: Path,
-    batches: list[Batch],
-    *,
-    criterion: str = "wanda",
-    sparsity: float,
-    pattern: str = "unstructured",
-) -> tuple[OneshotReport, Coverage]:
-    """As `prune_blocks`, from a safetensors folder of a causal model to another; FP8 block-scaled sources become
-    bfloat16.
+class Container(Protocol):
+    """How a folder stores matrices in fewer bits, for blocks that are written one by one."""
 
-    Memory: one block, the embeddings and head, the activations. Blocks are written as they are done to
-    ``target.part``, which gets its name at the end; run again after an interruption, finished blocks are read back.
-    Tensors outside the blocks are copied as they are.
+    quantization_config: dict[str, Any]
+
+    def encode(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What is stored for the tensor `key` of a plain checkpoint: itself, or its codes and scales."""
+
+    def decode(self, key: str, stored: Callable[[str], Tensor]) -> Tensor:
+        """The tensor back from what was stored (`stored(name)` reads one); KeyError when `key` was stored as it is."""
+
+
+def compress_checkpoint(
+    source: Path, target: Path, batches: list[Batch], solver: Solver, *, container: Container | None = None
+) -> tuple[OneshotReport, Coverage]:
+    """As `compress_blocks`, from a safetensors folder of a causal model to another, packed when a container is given.
+
+    Memory: one block, the embeddings and head, the activations. FP8 block-scaled sources are read as bfloat16. Blocks
+    are written as they are done to ``target.part``, which gets its name at the end; run again after an interruption,
+    finished blocks are read back. Tensors outside the blocks are copied as they are.
 
     Raises:
         CompressError: the target exists; a tensor the model needs is not in the source; a truncated shard; another
@@ -49,9 +57,7 @@ def prune_checkpoint(
         raise CompressError("the target folder exists", where=str(target), next_step="choose another")
     part = target.with_name(target.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.from_pretrained(source)
-    config.__dict__.pop("quantization_config", None)
-    stamp = fingerprint([criterion, sparsity, pattern, config.to_dict()], batches)
+    stamp = fingerprint(plain_config(source), solver, batches)
     marker = part / "fingerprint.txt"
     if marker.exists() and marker.read_text() != stamp:
         raise CompressError(
@@ -60,26 +66,38 @@ def prune_checkpoint(
             next_step="remove it, or repeat that run's options",
         )
     marker.write_text(stamp)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, **({"experts_implementation": "eager"} if family_of(config).experts else {})
-        )
-    files = _Files(source)
-    store = _Streamed(model, files, part)
-    solver = pruner(criterion=criterion, sparsity=sparsity, pattern=pattern)
-    report = run_blocks(model, batches, solver, needs=criteria.entry(criterion).traits["needs"], store=store)
+    model = empty_model(source)
+    store = _Streamed(model, _Files(source), part, container)
+    report = run_blocks(model, batches, solver, store)
     store.finish(source)
     marker.unlink()
     part.rename(target)
     return report, coverage(model, report.touched)
 
 
-class _Files:
-    """Tensors of a safetensors folder by key, each read when asked for."""
+def plain_config(source: Path) -> PreTrainedConfig:
+    """The config of a checkpoint folder, as if its weights were not packed."""
+    config = AutoConfig.from_pretrained(source)
+    config.__dict__.pop("quantization_config", None)
+    return config
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.where = folder, dict[str, Path]()
-        for file in sorted(folder.glob("*.safetensors")):
+
+def empty_model(source: Path) -> PreTrainedModel:
+    """The causal model of a checkpoint folder with its parameters on the meta device, in the checkpoint's dtype."""
+    config = plain_config(source)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, **({"experts_implementation": "eager"} if family_of(config).experts else {})
+        )
+    return model
+
+
+class _Files:
+    """Tensors of a safetensors folder by key, each read when asked for, unpacked when `container` packed it."""
+
+    def __init__(self, folder: Path, pattern: str = "*.safetensors", container: Container | None = None) -> None:
+        self.folder, self.container, self.where = folder, container, dict[str, Path]()
+        for file in sorted(folder.glob(pattern)):
             try:
                 with safe_open(file, "pt") as opened:
                     self.where |= dict.fromkeys(opened.keys(), file)
@@ -92,14 +110,24 @@ class _Files:
         return key in self.where
 
     def read(self, key: str) -> Tensor:
-        if key not in self.where:
+        if self.container is not None:
+            try:
+                return self.container.decode(key, self._stored)
+            except KeyError:
+                pass
+        try:
+            tensor = self._stored(key)
+        except KeyError as error:
             raise CompressError(
                 f"the checkpoint holds no {key!r}", where=str(self.folder), next_step="check that all shards are here"
-            )
+            ) from error
+        scale_key = f"{key}_scale_inv"
+        return _dequantize(tensor, self._stored(scale_key)) if scale_key in self.where else tensor
+
+    def _stored(self, key: str) -> Tensor:
         with safe_open(self.where[key], "pt") as opened:
             tensor: Tensor = opened.get_tensor(key)
-        scale_key = f"{key}_scale_inv"
-        return _dequantize(tensor, self.read(scale_key)) if scale_key in self.where else tensor
+        return tensor
 
 
 def _dequantize(weight: Tensor, scale: Tensor) -> Tensor:
@@ -115,8 +143,8 @@ class _Streamed:
     """Blocks come from the source (or from the target, when done before) and go to the target; only one is ever in
     memory."""
 
-    def __init__(self, model: PreTrainedModel, files: _Files, part: Path) -> None:
-        self.model, self.files, self.part = model, files, part
+    def __init__(self, model: PreTrainedModel, files: _Files, part: Path, container: Container | None) -> None:
+        self.model, self.files, self.part, self.container = model, files, part, container
         self.experts = family_of(model.config).experts
         blocks = blocks_of(model)
         self.prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
@@ -137,19 +165,13 @@ class _Streamed:
 
     def load(self, block: int) -> bool:
         done = self._shard(block).exists()
-        files = _Files.__new__(_Files)
-        if done:
-            files.folder = self.part
-            with safe_open(self._shard(block), "pt") as opened:
-                files.where = dict.fromkeys(opened.keys(), self._shard(block))
-        else:
-            files = self.files
-        module = blocks_of(self.model)[block]
+        files = _Files(self.part, self._shard(block).name, self.container) if done else self.files
+        module, parameters = blocks_of(self.model)[block], dict(self.model.named_parameters())
         for local, _ in [*module.named_parameters(), *module.named_buffers()]:
             name = f"{self.prefix}{block}.{local}"
             if self._stacked(local):
                 self._set(name, self._stack(name, files))
-            elif name in files or name in dict(self.model.named_parameters()):
+            elif name in self.files or name in parameters:
                 self._set(name, files.read(name))
         return done
 
@@ -199,6 +221,9 @@ class _Streamed:
                         }
                 elif name in self.files:
                     tensors[name] = value.detach()
+            if self.container is not None:
+                encode = self.container.encode
+                tensors = {name: part for key in list(tensors) for name, part in encode(key, tensors.pop(key)).items()}
             temporary = self._shard(block).with_suffix(".saving")
             save_file(tensors, temporary, {"format": "pt"})
             temporary.rename(self._shard(block))
@@ -217,7 +242,8 @@ class _Streamed:
         }
         save_file(rest, self.part / "model-rest.safetensors", {"format": "pt"})
         written = _Files(self.part)
-        missing = {k for k in self.files.where if not k.endswith("_scale_inv")} - set(written.where)
+        stored = set(written.where) | {k.rpartition("_")[0] for k in written.where}  # a container's parts: KEY_scale
+        missing = {k for k in self.files.where if not k.endswith("_scale_inv")} - stored
         if missing:
             raise CompressError(
                 f"{len(missing)} tensors of the source were not written, such as {min(missing)!r}",
@@ -236,4 +262,6 @@ class _Streamed:
         config = json.loads((self.part / "config.json").read_text())
         if config.pop("quantization_config", None) is not None:
             config["dtype"] = "bfloat16"
+        if self.container is not None:
+            config["quantization_config"] = self.container.quantization_config
         (self.part / "config.json").write_text(json.dumps(config, indent=2))

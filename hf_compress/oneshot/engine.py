@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,13 +12,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.calibration import Batch
-from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
+from hf_compress.oneshot.solvers import Solver
 from hf_compress.oneshot.statistics import Gatherer
 from hf_compress.weights import Weight, blocks_of, weights
-
-Solver = Callable[[Weight, Statistics], Tensor]
-"""New values of one weight matrix, (out, in), from the old ones (`weight.matrix`) and what calibration saw."""
 
 
 class Store(Protocol):
@@ -47,26 +43,28 @@ class OneshotReport:
 
 
 @torch.no_grad()
-def run_blocks(
-    model: PreTrainedModel, batches: list[Batch], solver: Solver, *, needs: Iterable[str], store: Store
-) -> OneshotReport:
+def run_blocks(model: PreTrainedModel, batches: list[Batch], solver: Solver, store: Store) -> OneshotReport:
     """Compress every block matrix of `model` in place, in order.
 
     For each block: one pass over the batches gathers the statistics of all its matrices, `solver` gives each its new
     values, and a second pass through the compressed block makes the inputs of the next. Memory: one block (what
-    `store` keeps live), the activations of all batches, statistics of one block.
+    `store` keeps live), the activations of all batches, statistics of one block. A solver that needs no statistics
+    runs without these passes.
 
     Raises:
-        CompressError: activations that are not finite (naming the block); layers that take different masks (sliding
-        windows).
+        CompressError: no batches for a solver that needs statistics; activations that are not finite (naming the
+        block); layers that take different masks (sliding windows).
     """
-    if len(set(getattr(model.config, "layer_types", None) or ["same"])) > 1:
+    if solver.needs and not batches:
+        raise CompressError("there is nothing to calibrate on", where="one-shot compression", next_step="give batches")
+    batches = batches if solver.needs else []
+    if batches and len(set(getattr(model.config, "layer_types", None) or ["same"])) > 1:
         raise CompressError(
             "blocks of this model take different attention masks",
             where="config.layer_types",
             next_step="use a model without sliding-window layers",
         )
-    blocks, needs = blocks_of(model), frozenset(needs)
+    blocks = blocks_of(model)
     by_block: dict[int, list[Weight]] = {}
     for weight in weights(model):
         assert weight.block is not None
@@ -79,14 +77,14 @@ def run_blocks(
     for index, block in enumerate(tqdm(blocks, desc="blocks", unit="block")):
         done = store.load(index) if index else first_done
         if not done:
-            gatherer = Gatherer(by_block[index], needs)
+            gatherer = Gatherer(by_block[index], solver.needs)
             for call, keep in zip(calls, keeps, strict=True):
                 gatherer.keep = keep
                 call.run(block, index)
             gatherer.close()
             for weight in by_block[index]:
-                weight.matrix.copy_(solver(weight, gatherer.statistics(weight)))
-            report.starved |= gatherer.starved
+                weight.matrix.copy_(solver.solve(weight, gatherer.statistics(weight)))
+            report.starved |= gatherer.starved if batches else {}
         for weight in by_block[index]:
             report.touched.append(weight.name)
             report.sparsity[weight.name] = float((weight.matrix == 0).float().mean())

@@ -12,7 +12,7 @@ from hf_compress.calibration import tokens_in
 from hf_compress.coverage import coverage
 from hf_compress.criteria import criteria
 from hf_compress.errors import CompressError
-from hf_compress.oneshot import prune_blocks, prune_checkpoint
+from hf_compress.oneshot import compress_blocks, compress_checkpoint, solvers
 from hf_compress.patterns import parse_pattern
 from hf_compress.stages.base import Done, Stage, Work
 
@@ -46,28 +46,15 @@ class Prune(Stage):
             raise CompressError("packed weights cannot be pruned", where=where, next_step="put prune before quantize")
 
     def run(self, work: Work) -> Done:
-        if self.streaming:
-            saved = work.folder / "pruned"
-            batches = work.calibration(AutoConfig.from_pretrained(work.checkpoint).vocab_size, self.samples)
-            report, touched = prune_checkpoint(
-                Path(work.checkpoint),
-                saved,
-                batches,
-                criterion=self.criterion,
-                sparsity=self.sparsity,
-                pattern=self.pattern,
-            )
-            touched.require(self.min_coverage, where="prune")
-            return Done(None, report.facts(), touched, saved)
-        batches = work.calibration(work.model.config.vocab_size, self.samples)
-        report = prune_blocks(
-            work.model,
-            batches,
-            criterion=self.criterion,
-            sparsity=self.sparsity,
-            pattern=self.pattern,
-            resume_dir=work.folder / "blocks",
-        )
-        touched = coverage(work.model, report.touched)
+        solver = solvers["criterion"](criterion=self.criterion, sparsity=self.sparsity, pattern=self.pattern)
+        vocabulary = (AutoConfig.from_pretrained(work.checkpoint) if self.streaming else work.model.config).vocab_size
+        batches = work.calibration(vocabulary, self.samples) if solver.needs else []
+        saved = work.folder / "pruned" if self.streaming else None
+        if saved is not None:
+            report, touched = compress_checkpoint(Path(work.checkpoint), saved, batches, solver)
+        else:
+            report = compress_blocks(work.model, batches, solver, resume_dir=work.folder / "blocks")
+            touched = coverage(work.model, report.touched)
         touched.require(self.min_coverage, where="prune")
-        return Done(work.model, report.facts() | {"calibration_tokens": tokens_in(batches)}, touched)
+        facts = report.facts() | {"calibration_tokens": tokens_in(batches)}
+        return Done(None if self.streaming else work.model, facts, touched, saved)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hf_compress.backends import backends
 from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.oneshot import compress_blocks, compress_checkpoint, empty_model, solvers
 from hf_compress.stages.base import Done, Stage, Work
 
 
@@ -20,8 +22,19 @@ class Quantize(Stage):
     group_size: int | None = field(
         default=None, metadata={"help": "weights that share a scale along the inputs; none = a whole row"}
     )
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": "solver that rounds (see `hf-compress list solvers`); none = the container's own rounding"
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read and write block by block; for models larger than memory"}
+    )
+    samples: int = field(default=128, metadata={"help": "rows of training text to calibrate on, if the method does"})
     options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "further options of the backend (dtype, quant_type, double_quant)"}
+        default_factory=dict,
+        metadata={"help": "further options of the backend (dtype, quant_type, double_quant; activations)"},
     )
     min_coverage: float = field(
         default=0.99, metadata={"help": "fail when less of the weights, or of the experts, is stored in these bits"}
@@ -46,13 +59,42 @@ class Quantize(Stage):
                     where=f"{where}.options",
                     next_step=did_you_mean(option, known),
                 )
+        packs = "packing" in backends.entry(self.backend).traits
+        if (self.method is not None or self.streaming) and not packs:
+            raise CompressError(
+                f"{self.backend} rounds on grids of its own, the whole model at once",
+                where=f"{where}.{'method' if self.method else 'streaming'}",
+                next_step="leave it out, or use backend: compressed-tensors",
+            )
+        if self.method is not None:
+            makers = [entry.name for entry in solvers if entry.traits["makes"] == "codes"]
+            if self.method not in makers:
+                raise CompressError(
+                    f"no solver {self.method!r} for quantization",
+                    where=f"{where}.method",
+                    next_step=did_you_mean(self.method, makers),
+                )
         if "quantize" in work_kinds:
             raise CompressError("the weights are quantized already", where=where, next_step="keep one quantize stage")
 
     def run(self, work: Work) -> Done:
         saved = work.folder / "quantized"
+        where = f"quantize ({self.backend}, {self.bits} bits)"
+        rounding = solvers[self.method or "rtn"](bits=self.bits, group_size=self.group_size)
+        if self.streaming:
+            empty = empty_model(Path(work.checkpoint))
+            packing = backends.entry(self.backend).traits["packing"](
+                empty, bits=self.bits, group_size=self.group_size, **self.options
+            )
+            batches = work.calibration(empty.config.vocab_size, self.samples) if rounding.needs else []
+            report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, rounding, container=packing)
+            covered.require(self.min_coverage, where=where)
+            return Done(None, report.facts(), covered, saved, quantized=self.backend)
+        if self.method is not None:
+            batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []
+            compress_blocks(work.model, batches, rounding, resume_dir=work.folder / "blocks")
         written = backends[self.backend](
             work.model, work.tokenizer, saved, bits=self.bits, group_size=self.group_size, **self.options
         )
-        written.coverage.require(self.min_coverage, where=f"quantize ({self.backend}, {self.bits} bits)")
+        written.coverage.require(self.min_coverage, where=where)
         return Done(written.model, {"notes": written.notes}, written.coverage, saved, quantized=self.backend)

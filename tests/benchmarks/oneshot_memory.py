@@ -91,11 +91,13 @@ def work(source: Path, target: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from hf_compress.oneshot import prune_checkpoint
+    from hf_compress.oneshot import compress_checkpoint, solvers
 
     ids = torch.randint(5, CONFIG["vocab_size"], (8, 128), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(4)]
-    report, touched = prune_checkpoint(source, target, batches, criterion="wanda", sparsity=0.5)
+    report, touched = compress_checkpoint(
+        source, target, batches, solvers["criterion"](criterion="wanda", sparsity=0.5)
+    )
     worst = max(abs(s - 0.5) for s in report.sparsity.values())
     print(
         "RESULT"

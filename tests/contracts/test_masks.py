@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_compress.techniques.pruning import Pruning

@@ -17,35 +17,42 @@ from tests.models import CONFIGS, MOE, tiny
 
 IDS = torch.arange(3, 19)[None]
 CASES = [
-    ("llama", "bitsandbytes", 8),
-    ("bert", "bitsandbytes", 8),
-    ("gpt2", "bitsandbytes", 4),
-    ("qwen3", "bitsandbytes", 4),
-    ("llama", "compressed-tensors", 4),
-    ("bert", "compressed-tensors", 8),
-    ("deepseek_v3", "compressed-tensors", 4),
-    ("deepseek_v2", "compressed-tensors", 8),
-    ("qwen3_moe", "compressed-tensors", 4),
-    ("qwen2_moe", "compressed-tensors", 4),
+    ("llama", "bitsandbytes", "w8"),
+    ("bert", "bitsandbytes", "w8"),
+    ("gpt2", "bitsandbytes", "w4"),
+    ("qwen3", "bitsandbytes", "w4"),
+    ("llama", "compressed-tensors", "w4 g32"),
+    ("bert", "compressed-tensors", "w8 g32"),
+    ("deepseek_v3", "compressed-tensors", "w4 g32"),
+    ("deepseek_v2", "compressed-tensors", "w8 g32"),
+    ("qwen3_moe", "compressed-tensors", "w4 g32"),
+    ("qwen2_moe", "compressed-tensors", "w4 g32"),
+    ("llama", "compressed-tensors", "w8 a8"),
+    ("bert", "compressed-tensors", "w8 a8"),
 ]
+SCHEMES = {
+    "w8": {"bits": 8},
+    "w4": {"bits": 4},
+    "w4 g32": {"bits": 4, "group_size": 32},
+    "w8 g32": {"bits": 8, "group_size": 32},
+    "w8 a8": {"bits": 8, "activations": 8},
+}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
     root, made = tmp_path_factory.mktemp("containers"), {}
-    for name, backend, bits in CASES:
+    for name, backend, scheme in CASES:
         model = tiny(name, **({"tie_word_embeddings": True} if name == "llama" else {}))
         with torch.no_grad():
             for weight in weights(model):
                 weight.matrix[:, ::2] = 0
-        folder = made[name, backend, bits] = root / f"{name}-{backend}-{bits}"
-        written = backends[backend](
-            model, None, folder, bits=bits, group_size=32 if backend == "compressed-tensors" else None
-        )
+        folder = made[name, backend, scheme] = root / f"{name}-{backend}-{scheme.replace(' ', '-')}"
+        written = backends[backend](model, None, folder, **SCHEMES[scheme])
         assert written.coverage.share == 1.0
         with torch.no_grad():
             error = (written.model(IDS).logits.float() - model(IDS).logits).norm() / model(IDS).logits.norm()
-        assert 0 < error < (0.1 if bits == 8 else 0.6), (name, backend, bits)
+        assert 0 < error < (0.1 if SCHEMES[scheme]["bits"] == 8 else 0.6), (name, backend, scheme)
         write_expectation(written.model, folder)
     return made
 
@@ -57,7 +64,7 @@ def test_every_container_opens_in_a_fresh_process(folders: dict[tuple, Path]) ->
 
 
 def test_damaged_checkpoints_are_found(folders: dict[tuple, Path], tmp_path: Path) -> None:
-    source = folders["llama", "compressed-tensors", 4]
+    source = folders["llama", "compressed-tensors", "w4 g32"]
     damage = {
         "missing": lambda t: t.pop("model.layers.0.self_attn.q_proj.weight_packed"),
         "changed": lambda t: t.update({"model.norm.weight": -t["model.norm.weight"]}),
@@ -79,15 +86,14 @@ def test_damaged_checkpoints_are_found(folders: dict[tuple, Path], tmp_path: Pat
 
 
 def test_files_are_as_small_as_plan_says(folders: dict[tuple, Path]) -> None:
-    for (name, backend, bits), folder in folders.items():
+    for (name, backend, scheme), folder in folders.items():
         model = tiny(name, **({"tie_word_embeddings": True} if name == "llama" else {}))
         stores = backends.entry(backend).traits["stores"]
-        said = sum(
-            stores(w, bits=bits, group_size=32 if backend == "compressed-tensors" else None) for w in weights(model)
-        )
+        scheme_of = {k: v for k, v in SCHEMES[scheme].items() if k != "activations"}
+        said = sum(stores(w, **scheme_of) for w in weights(model))
         rest = 4 * (sum(p.numel() for p in model.parameters()) - sum(w.shape[0] * w.shape[1] for w in weights(model)))
         tensors = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
-        assert tensors == pytest.approx(said + rest, rel=0.02), (name, backend, bits)
+        assert tensors == pytest.approx(said + rest, rel=0.02), (name, backend, scheme)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
@@ -137,3 +143,35 @@ def test_onnx_file_agrees_and_other_families_are_refused(tmp_path: Path) -> None
         if name != "bert":
             with pytest.raises(CompressError, match="not supported"):
                 export_onnx(tiny(name), tmp_path / name)
+
+
+def test_activations_are_rounded_by_whoever_runs_the_folder(folders: dict[tuple, Path]) -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    opened = type(model).from_pretrained(folders["llama", "compressed-tensors", "w8 a8"]).eval()
+    layer = opened.model.layers[0].mlp.up_proj
+    x = torch.randn(1, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        opened(IDS)  # the model's first forward unpacks its weights
+        got = layer(x)
+    scale = x.abs().amax(-1, keepdim=True) / 127.5  # the container's symmetric range has 255 steps
+    rounded = (x / scale).round().clamp(-128, 127) * scale
+    assert torch.allclose(got, rounded @ layer.weight.data.float().T, atol=1e-4)
+    assert not torch.allclose(got, x @ layer.weight.data.float().T, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("deepseek_v3", {"bits": 8, "activations": 8}, "stacked experts"),
+        ("llama", {"bits": 4, "group_size": 32, "activations": 8}, "8-bit weights"),
+        ("deepseek_v3", {"bits": 4, "group_size": 48}, "does not divide"),
+        ("llama", {"bits": 3}, "4 or 8 bits"),
+        ("gpt2", {"bits": 4}, "Conv1D"),
+    ],
+)
+def test_what_compressed_tensors_cannot_store_is_refused(
+    name: str, options: dict, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CompressError, match=reason):
+        backends["compressed-tensors"](tiny(name), None, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

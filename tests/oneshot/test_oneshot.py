@@ -8,11 +8,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hf_compress.backends import backends
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
+from hf_compress.fake_quant import Grid, fake_quantize, scales
+from hf_compress.oneshot import (
+    Solver,
+    compress_blocks,
+    compress_checkpoint,
+    empty_model,
+    prune,
+    run_blocks,
+    solvers,
+)
 from hf_compress.oneshot import engine as engine_module
-from hf_compress.oneshot import prune_blocks, prune_checkpoint, run_blocks
-from hf_compress.oneshot.prune import _InMemory
+from hf_compress.oneshot.memory import InMemory
 from hf_compress.weights import blocks_of, weights
 from tests.models import CONFIGS, tiny
 from tests.training import collate, rows
@@ -24,6 +34,10 @@ def batches(size: int = 4) -> list[dict[str, torch.Tensor]]:
     return [{k: b[k] for k in ("input_ids", "attention_mask")} for b in made]
 
 
+def by_criterion(criterion: str = "wanda", sparsity: float = 0.5) -> Solver:
+    return solvers["criterion"](criterion=criterion, sparsity=sparsity)
+
+
 def record(model, given) -> dict[str, Statistics]:
     """Statistics as the solver sees them, nothing changed."""
     seen: dict[str, Statistics] = {}
@@ -32,14 +46,14 @@ def record(model, given) -> dict[str, Statistics]:
         seen[weight.name] = statistics
         return weight.matrix.clone()
 
-    run_blocks(model, given, solver, needs=["input_norm", "hessian"], store=_InMemory(model, None, ""))
+    run_blocks(model, given, Solver(solver, ("input_norm", "hessian")), InMemory(model, None, ""))
     return seen
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_weight_of_every_family_is_pruned_exactly(name: str) -> None:
     model = tiny(name)
-    report = prune_blocks(model, batches(), criterion="wanda", sparsity=0.5)
+    report = prune(model, batches(), criterion="wanda", sparsity=0.5)
     assert set(report.touched) == {w.name for w in weights(model)}
     for weight in weights(model):
         assert ((weight.matrix == 0).sum(1) == weight.shape[1] // 2).all(), weight.name
@@ -47,7 +61,7 @@ def test_every_weight_of_every_family_is_pruned_exactly(name: str) -> None:
 
 def test_two_of_four_and_magnitude() -> None:
     model = tiny("llama")
-    prune_blocks(model, batches(), criterion="magnitude", sparsity=0.5, pattern="2:4")
+    prune(model, batches(), criterion="magnitude", sparsity=0.5, pattern="2:4")
     assert all(((w.matrix.reshape(-1, 4) != 0).sum(1) == 2).all() for w in weights(model))
 
 
@@ -98,7 +112,7 @@ def test_the_second_block_sees_the_compressed_first() -> None:
         seen[weight.name] = statistics
         return weight.matrix * 0 if weight.block == 0 else weight.matrix.clone()
 
-    run_blocks(pruned, given, solver, needs=["input_norm"], store=_InMemory(pruned, None, ""))
+    run_blocks(pruned, given, Solver(solver, ("input_norm",)), InMemory(pruned, None, ""))
     assert torch.allclose(seen[second].input_norm, record(pruned, given)[second].input_norm, rtol=1e-4)
     assert not torch.allclose(seen[second].input_norm, record(tiny("llama"), given)[second].input_norm, rtol=1e-2)
 
@@ -107,7 +121,7 @@ def test_order_and_size_of_batches_change_no_mask() -> None:
     masks = []
     for given in (batches(4), batches(4)[::-1], batches(16)):
         model = tiny("deepseek_v2")
-        prune_blocks(model, given, sparsity=0.5)
+        prune(model, given, sparsity=0.5)
         masks.append([w.matrix == 0 for w in weights(model)])
     for other in masks[1:]:
         assert all(torch.equal(a, b) for a, b in zip(masks[0], other, strict=True))
@@ -115,31 +129,31 @@ def test_order_and_size_of_batches_change_no_mask() -> None:
 
 def test_killed_at_a_block_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, again = tiny("deepseek_v3"), tiny("deepseek_v3")
-    prune_blocks(whole, batches(), sparsity=0.5)
-    kill = _InMemory.save
+    prune(whole, batches(), sparsity=0.5)
+    kill = InMemory.save
 
-    def save_and_die(self: _InMemory, block: int) -> None:
+    def save_and_die(self: InMemory, block: int) -> None:
         kill(self, block)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_InMemory, "save", save_and_die)
+    monkeypatch.setattr(InMemory, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        prune_blocks(again, batches(), sparsity=0.5, resume_dir=tmp_path)
+        prune(again, batches(), sparsity=0.5, resume_dir=tmp_path)
     monkeypatch.undo()
     fresh = tiny("deepseek_v3")
-    prune_blocks(fresh, batches(), sparsity=0.5, resume_dir=tmp_path)
+    prune(fresh, batches(), sparsity=0.5, resume_dir=tmp_path)
     assert all(
         torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), whole.state_dict().values(), strict=True)
     )
     with pytest.raises(CompressError, match="another run"):
-        prune_blocks(tiny("deepseek_v3"), batches(), sparsity=0.6, resume_dir=tmp_path)
+        prune(tiny("deepseek_v3"), batches(), sparsity=0.6, resume_dir=tmp_path)
 
 
 def test_starved_experts_are_named_and_fall_back_to_their_layer() -> None:
     model = tiny("deepseek_v3")
     router = blocks_of(model)[1].mlp.gate
     router.e_score_correction_bias[:] = torch.tensor([0.0, 0.0, -9.0, -9.0])
-    report = prune_blocks(model, batches(), sparsity=0.5)
+    report = prune(model, batches(), sparsity=0.5)
     assert {n.rsplit(".", 1)[1] for n, tokens in report.starved.items() if tokens == 0} == {"2", "3"}
     assert (weights(model, ["expert"])[3].matrix == 0).float().mean() == 0.5
 
@@ -148,15 +162,15 @@ def test_nan_in_activations_names_the_block() -> None:
     model = tiny("llama")
     blocks_of(model)[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(CompressError, match="block 1"):
-        prune_blocks(model, batches(), sparsity=0.5)
+        prune(model, batches(), sparsity=0.5)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
 def test_streamed_checkpoint_equals_memory(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
-    report, touched = prune_checkpoint(tmp_path / "source", tmp_path / "target", batches(), sparsity=0.5)
-    prune_blocks(model, batches(), sparsity=0.5)
+    report, touched = compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
+    prune(model, batches(), sparsity=0.5)
     assert touched.share == 1.0
     assert len(report.touched) == len(weights(model))
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "target", output_loading_info=True)
@@ -184,9 +198,9 @@ def test_streaming_holds_one_block_and_resumes(tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.setattr(engine_module, "Gatherer", watch)
     with pytest.raises(KeyboardInterrupt):
-        prune_checkpoint(tmp_path / "source", tmp_path / "target", batches(), sparsity=0.5)
+        compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
     assert not (tmp_path / "target").exists()
-    prune_checkpoint(tmp_path / "source", tmp_path / "target", batches(), sparsity=0.5)
+    compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
     assert set(live) == {1}
     assert solved == [0, 1, 2, 2, 3]
 
@@ -200,11 +214,75 @@ def test_fp8_sources_are_dequantized_and_truncated_shards_named(tmp_path: Path) 
     tensors[key] = (tensors[key].float() / 0.5).to(torch.float8_e4m3fn)
     expected = (tensors[key].float() * 0.5).to(torch.bfloat16)
     save_file(tensors, file, {"format": "pt"})
-    prune_checkpoint(tmp_path / "source", tmp_path / "target", batches(), criterion="magnitude", sparsity=0.25)
+    compress_checkpoint(tmp_path / "source", tmp_path / "target", [], by_criterion("magnitude", 0.25))
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "target").state_dict()[
         "model.layers.1.mlp.experts.gate_up_proj"
     ][2, 64:]
     assert torch.equal(written[written != 0], expected[written != 0])
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(CompressError, match="shard"):
-        prune_checkpoint(tmp_path / "source", tmp_path / "other", batches(), sparsity=0.5)
+        compress_checkpoint(tmp_path / "source", tmp_path / "other", batches(), by_criterion())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
+def test_round_to_nearest_is_on_the_grid_and_keeps_zeros(name: str, dtype: torch.dtype) -> None:
+    model, grid = tiny(name).to(dtype), Grid(4, 32)
+    prune(model, [], criterion="magnitude", sparsity=0.5)
+    before = {w.name: w.matrix.clone() for w in weights(model)}
+    compress_blocks(model, [], solvers["rtn"](bits=4, group_size=32))
+    for weight in weights(model):
+        old, new = before[weight.name], weight.matrix
+        scale = scales(old, grid)
+        assert not torch.equal(new, old)
+        assert (new[old == 0] == 0).all()
+        slack = 0.5 if dtype == torch.float32 else 0.56  # bfloat16 rounds code * scale once more
+        assert ((grid.groups(new) - grid.groups(old)).abs() <= slack * scale[..., None] + 1e-7).all(), weight.name
+        assert torch.equal(scales(new, grid), scale)  # so a container finds the same grid
+        assert torch.equal(fake_quantize(new, scale, grid), new)
+
+
+def test_weights_that_are_not_finite_are_named_not_rounded() -> None:
+    model = tiny("llama")
+    blocks_of(model)[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(CompressError, match=r"layers\.1\.mlp\.up_proj"):
+        compress_blocks(model, [], solvers["rtn"](bits=4))
+
+
+def test_a_calibrating_solver_without_batches_is_refused() -> None:
+    with pytest.raises(CompressError, match="nothing to calibrate"):
+        prune(tiny("llama"), [], sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("deepseek_v3", {"bits": 4, "group_size": 32}), ("llama", {"bits": 8, "activations": 8})]
+)
+def test_streamed_into_a_container_equals_the_backend_in_memory(
+    name: str, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(name)
+    model.save_pretrained(tmp_path / "source")
+    backend = backends["compressed-tensors"]
+    backend(model, None, tmp_path / "memory", **options)
+    packing = backends.entry("compressed-tensors").traits["packing"](empty_model(tmp_path / "source"), **options)
+    solver = solvers["rtn"](bits=options["bits"], group_size=options.get("group_size"))
+    read, decoded = packing.decode, []
+
+    def stop_in_the_second_block(weight, statistics):
+        if weight.block == 1:
+            raise KeyboardInterrupt
+        return solver.solve(weight, statistics)
+
+    stopping = Solver(stop_in_the_second_block, (), solver.options)
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(tmp_path / "source", tmp_path / "streamed", [], stopping, container=packing)
+    monkeypatch.setattr(packing, "decode", lambda key, stored: (decoded.append(key), read(key, stored))[1])
+    _, covered = compress_checkpoint(tmp_path / "source", tmp_path / "streamed", [], solver, container=packing)
+    assert covered.share == 1.0
+    assert any("layers.0." in key for key in decoded)  # the finished block was read back from its codes
+    kind = type(model)
+    ids = torch.arange(5, 37).reshape(2, 16)
+    one, two = (kind.from_pretrained(tmp_path / f).eval()(ids).logits for f in ("memory", "streamed"))
+    assert torch.equal(one, two)
+    total = {f: sum(p.stat().st_size for p in (tmp_path / f).glob("*.safetensors")) for f in ("memory", "streamed")}
+    assert total["streamed"] < total["memory"] * 1.1

@@ -1,40 +1,36 @@
-"""Prune a model in memory in one shot."""
+"""One-shot compression of a model that fits in memory, in place."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.calibration import Batch
-from hf_compress.criteria import Statistics, criteria
 from hf_compress.errors import CompressError
-from hf_compress.oneshot.engine import OneshotReport, Solver, run_blocks
-from hf_compress.patterns import mask_of
-from hf_compress.weights import Weight, blocks_of
+from hf_compress.oneshot.engine import OneshotReport, run_blocks
+from hf_compress.oneshot.solvers import Solver, solvers
+from hf_compress.weights import blocks_of
 
 
-def pruner(*, criterion: str, sparsity: float, pattern: str) -> Solver:
-    """Solver that zeroes the lowest-scored weights and leaves the rest as they are."""
-    entry = criteria.entry(criterion)
+def compress_blocks(
+    model: PreTrainedModel, batches: list[Batch], solver: Solver, *, resume_dir: Path | None = None
+) -> OneshotReport:
+    """Apply `solver` to every attention, FFN and expert matrix in place; resumable at the block when `resume_dir` is
+    given.
 
-    def solve(weight: Weight, statistics: Statistics) -> Tensor:
-        scores = entry.value(weight.matrix, statistics)
-        try:
-            mask = mask_of(scores, sparsity=sparsity, pattern=pattern, group=entry.traits["group"])
-        except CompressError as error:
-            raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
-        return weight.matrix * mask
-
-    return solve
+    Raises:
+        CompressError: what the solver and `run_blocks` find wrong; blocks in `resume_dir` of another run.
+    """
+    return run_blocks(model, batches, solver, InMemory(model, resume_dir, fingerprint(model.config, solver, batches)))
 
 
-def prune_blocks(
+def prune(
     model: PreTrainedModel,
     batches: list[Batch],
     *,
@@ -43,28 +39,29 @@ def prune_blocks(
     pattern: str = "unstructured",
     resume_dir: Path | None = None,
 ) -> OneshotReport:
-    """Prune every attention, FFN and expert matrix in place; resumable at the block when `resume_dir` is given.
+    """``prune(model, batches, sparsity=0.5, pattern="2:4")``: zero weights of every block matrix in place, in one
+    shot.
 
-    wanda compares weights within each output row, magnitude within each matrix; N:M within each group of M inputs.
+    `batches` are calibration inputs (input_ids and attention_mask, each (batch, tokens)); magnitude needs none. Makes
+    no file smaller and no stock runtime faster.
 
     Raises:
-        CompressError: unknown criterion; M does not divide a matrix (before anything is changed); blocks in
-        `resume_dir` of another run.
+        CompressError: unknown criterion; M does not divide a matrix; as `compress_blocks`.
     """
-    solver = pruner(criterion=criterion, sparsity=sparsity, pattern=pattern)
-    store = _InMemory(model, resume_dir, fingerprint([criterion, sparsity, pattern, model.config.to_dict()], batches))
-    return run_blocks(model, batches, solver, needs=criteria.entry(criterion).traits["needs"], store=store)
+    solver = solvers["criterion"](criterion=criterion, sparsity=sparsity, pattern=pattern)
+    return compress_blocks(model, batches, solver, resume_dir=resume_dir)
 
 
-def fingerprint(options: object, batches: list[Batch]) -> str:
-    """Of options and calibration tokens: finished blocks of another run must not be taken for this one's."""
-    digest = hashlib.sha256(json.dumps(options, default=str, sort_keys=True).encode())
+def fingerprint(config: Any, solver: Solver, batches: list[Batch]) -> str:
+    """Of model shape, solver and calibration tokens: finished blocks of another run must not be taken for this
+    one's."""
+    digest = hashlib.sha256(json.dumps([config.to_dict(), solver.options], default=str, sort_keys=True).encode())
     for batch in batches:
         digest.update(batch["input_ids"].numpy().tobytes())
     return digest.hexdigest()
 
 
-class _InMemory:
+class InMemory:
     """The model is all here; finished blocks are also written to a folder, for a run that is interrupted."""
 
     def __init__(self, model: PreTrainedModel, folder: Path | None, stamp: str) -> None:

@@ -1,0 +1,37 @@
+"""Round every weight to the nearest point of an integer grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_compress.criteria import Statistics
+from hf_compress.errors import CompressError
+from hf_compress.fake_quant import Grid, fake_quantize, scales
+from hf_compress.oneshot.solvers import Solver, solvers
+from hf_compress.weights import Weight
+
+
+@solvers.register("rtn", summary="round to nearest: no calibration, the control of every comparison", makes="codes")
+def rtn(*, bits: int, group_size: int | None = None) -> Solver:
+    """w -> s round(w / s), s = max |w| of the group / (2^(bits-1) - 1): (out, in), |w - q| <= s / 2, zeros stay zero.
+
+    The result lies on the grid whose scale a container finds again by the same formula, so packing changes nothing.
+
+    Raises:
+        CompressError: while solving: the group size does not divide the inputs, weights that are not finite.
+    """
+    grid = Grid(bits, group_size)
+
+    def solve(weight: Weight, statistics: Statistics) -> Tensor:
+        matrix = weight.matrix
+        if not torch.isfinite(matrix).all():
+            raise CompressError(
+                "weights are not finite", where=weight.name, next_step="check the checkpoint or the training before"
+            )
+        try:
+            return fake_quantize(matrix, scales(matrix, grid), grid)
+        except CompressError as error:
+            raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
+
+    return Solver(solve, (), {"solver": "rtn", "bits": bits, "group_size": group_size})
