@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from datasets import Dataset
 from torch import Tensor
 
 from hf_compress.data import Prepared
@@ -21,7 +19,7 @@ def calibration_batches(
     Raises:
         CompressError: no rows, or token ids outside the model's vocabulary (a tokenizer of another model).
     """
-    rows: Dataset = prepared.train.shuffle(seed=seed).select(range(min(samples, len(prepared.train))))
+    rows = prepared.first(samples, seed=seed)
     if len(rows) == 0:
         raise CompressError(
             "no row to calibrate on",
@@ -44,4 +42,4 @@ def calibration_batches(
 
 def tokens_in(batches: list[Batch]) -> int:
     """Tokens that are not padding."""
-    return int(torch.stack([b["attention_mask"].sum() for b in batches]).sum())
+    return sum(int(b["attention_mask"].sum()) for b in batches)

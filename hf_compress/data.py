@@ -1,15 +1,16 @@
-"""Text data for training, evaluation and calibration: from the Hub, files, or a file inside an installed package."""
+"""Text and chats for training, evaluation and calibration: from the Hub, files, or a file inside an installed
+package."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from torch import Tensor
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from hf_compress.encode import CausalCollator, Encoder
 from hf_compress.errors import CompressError
 from hf_compress.source import local_path
 
@@ -34,6 +35,19 @@ class Data:
         default_factory=dict, metadata={"help": "column: value (or list of values) to keep"}
     )
     text_column: str = field(default="text", metadata={"help": "column with the text"})
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "column with what comes before the text (a prompt; the text is its completion)"},
+    )
+    messages_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "instead of text: column with [{role, content}, ...], put through the tokenizer's chat template"
+        },
+    )
+    completion_only: bool = field(
+        default=False, metadata={"help": "learn the completions (or the assistant's turns) only, not the prompts"}
+    )
     label_column: str = field(
         default="label", metadata={"help": "column with the label, integers or strings (classification)"}
     )
@@ -41,82 +55,102 @@ class Data:
     packing: bool = field(
         default=False, metadata={"help": "join texts and cut into rows of max_length (causal models)"}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "read rows as training goes, for data larger than the disk; needs max_steps and whole eval_size"
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "use only so many rows"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate only so many rows"})
     seed: int = field(default=0, metadata={"help": "of the held-out part"})
 
 
+Rows: TypeAlias = "Dataset | IterableDataset"
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenized rows (input_ids, attention_mask, labels) and what pads them into batches."""
+    """Tokenized rows (input_ids, attention_mask, labels) and what pads them into batches. `train` is an
+    IterableDataset when streaming."""
 
-    train: Dataset
+    train: Rows
     eval: Dataset
     collator: Any
 
-
-class CausalCollator:
-    """Pads rows to the longest and sets labels to -100 at padding only, so a real end-of-text token is still
-    learned."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = dict(self.pad([{"input_ids": r["input_ids"], "attention_mask": r["attention_mask"]} for r in rows]))
-        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        return batch
+    def first(self, count: int, *, seed: int) -> Dataset:
+        """`count` rows of the training set in a seeded order (of a stream: out of its first 10 x `count`)."""
+        if isinstance(self.train, Dataset):
+            return self.train.shuffle(seed=seed).select(range(min(count, len(self.train))))
+        return _kept(self.train.shuffle(seed=seed, buffer_size=10 * count).take(count))
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, *, task: str) -> Prepared:
     """Read, filter, split and tokenize.
 
     Raises:
-        CompressError: missing file, split or column; nothing left after the filter; labels missing.
+        CompressError: missing file, split or column; nothing left after the filter; labels or a chat template missing;
+        a chat template that rewrites earlier turns, when only completions are learned.
     """
-    train = _read(data, data.split)
-    needed = [data.text_column] + ([data.label_column] if task == "text-classification" else [])
-    for column in [*needed, *data.filter]:
-        if column not in train.column_names:
-            raise CompressError(
-                f"the data has no column {column!r}",
-                where=f"data: {data.id}",
-                next_step="columns: " + ", ".join(train.column_names),
-            )
-    train = _filtered(train, data)
-    if task == "text-classification":
-        train = (
-            train.class_encode_column(data.label_column)
-            if not isinstance(train.features[data.label_column], ClassLabel)
-            else train
-        )
+    _check(data, tokenizer, task)
+    train = _filtered(_read(data, data.split), data, task)
+    classification = task == "text-classification"
+    if classification and not isinstance(train.features[data.label_column], ClassLabel):
+        train = train.class_encode_column(data.label_column)
     if data.eval_split is not None:
-        held_out = _filtered(_read(data, data.eval_split), data)
-        if task == "text-classification":
+        held_out = _filtered(_read(data, data.eval_split), data, task)
+        if classification:
             held_out = held_out.cast_column(data.label_column, train.features[data.label_column])
+        held_out = _kept(held_out.take(data.max_eval_samples or int(data.eval_size))) if data.streaming else held_out
+    elif isinstance(train, IterableDataset):
+        held_out, train = _kept(train.take(int(data.eval_size))), train.skip(int(data.eval_size))
     else:
-        stratify = data.label_column if task == "text-classification" else None
+        stratify = data.label_column if classification else None
         parts = train.train_test_split(test_size=data.eval_size, seed=data.seed, stratify_by_column=stratify)
         train, held_out = parts["train"], parts["test"]
-    train = train.select(range(min(len(train), data.max_train_samples or len(train))))
-    held_out = held_out.select(range(min(len(held_out), data.max_eval_samples or len(held_out))))
-    if task == "text-classification":
+    if data.max_train_samples is not None:
+        train = train.take(data.max_train_samples)
+    held_out = held_out.take(data.max_eval_samples or len(held_out))
+    if classification:
         collator: Any = DataCollatorWithPadding(tokenizer)
     else:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         collator = CausalCollator(tokenizer)
-    return Prepared(_tokenized(train, data, tokenizer, task), _tokenized(held_out, data, tokenizer, task), collator)
+    encoder = Encoder(data, tokenizer, classification)
+    return Prepared(_tokenized(train, encoder), _tokenized(held_out, encoder), collator)
 
 
-def _read(data: Data, split: str) -> Dataset:
+def _check(data: Data, tokenizer: PreTrainedTokenizerBase, task: str) -> None:
+    wrong = ""
+    if task == "text-classification":
+        if data.streaming or data.packing or data.messages_column or data.prompt_column or data.completion_only:
+            wrong = "streaming, packing, prompts and chats are for causal models"
+    elif data.messages_column and data.prompt_column:
+        wrong = "messages_column and prompt_column are two ways to say the same"
+    elif data.completion_only and not (data.messages_column or data.prompt_column):
+        wrong = "completion_only needs a prompt_column or a messages_column"
+    elif data.messages_column and tokenizer.chat_template is None:
+        wrong = "the tokenizer has no chat template for messages_column"
+    elif data.streaming and isinstance(data.eval_size, float) and data.eval_split is None:
+        wrong = f"a stream has no share of {data.eval_size} to hold out: eval_size must be a number of rows"
+    if wrong:
+        raise CompressError(wrong, where=f"data: {data.id}", next_step="mend the data: section")
+
+
+def _kept(rows: IterableDataset) -> Dataset:
+    """The rows of a (short) stream, in memory."""
+    return Dataset.from_list(list(rows))
+
+
+def _read(data: Data, split: str) -> Any:
     path = local_path(data.id)
     reader = _READERS.get(Path(path).suffix)
     try:
         loaded = (
-            load_dataset(reader, data_files=path)
+            load_dataset(reader, data_files=path, streaming=data.streaming)
             if reader and Path(path).exists()
-            else load_dataset(path, data.config, revision=data.revision)
+            else load_dataset(path, data.config, revision=data.revision, streaming=data.streaming)
         )
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise CompressError(
@@ -124,7 +158,7 @@ def _read(data: Data, split: str) -> Dataset:
             where=f"data: {data.id}",
             next_step="check the path or Hub id (files: " + " ".join(_READERS) + ")",
         ) from error
-    assert isinstance(loaded, DatasetDict)
+    assert isinstance(loaded, DatasetDict | IterableDatasetDict)
     if split not in loaded:
         raise CompressError(
             f"the data has no split {split!r}", where=f"data: {data.id}", next_step="splits: " + ", ".join(loaded)
@@ -132,33 +166,31 @@ def _read(data: Data, split: str) -> Dataset:
     return loaded[split]
 
 
-def _filtered(rows: Dataset, data: Data) -> Dataset:
+def _filtered(rows: Any, data: Data, task: str) -> Any:
+    texts = [data.messages_column] if data.messages_column else [data.prompt_column, data.text_column]
+    needed = [*texts, data.label_column if task == "text-classification" else None, *data.filter]
+    columns = rows.column_names or list(next(iter(rows)))  # a stream may not know its columns before its first row
+    for column in needed:
+        if column is not None and column not in columns:
+            raise CompressError(
+                f"the data has no column {column!r}",
+                where=f"data: {data.id}",
+                next_step="columns: " + ", ".join(columns),
+            )
+    options = {"load_from_cache_file": False} if isinstance(rows, Dataset) else {}
     for column, value in data.filter.items():
         allowed = set(value) if isinstance(value, list) else {value}
-        rows = rows.filter(lambda x, allowed=allowed: x in allowed, input_columns=column, load_from_cache_file=False)
-    if len(rows) == 0:
+        rows = rows.filter(lambda x, allowed=allowed: x in allowed, input_columns=column, **options)
+    if next(iter(rows), None) is None:
         raise CompressError(
             "no row is left after the filter", where=f"data.filter {data.filter}", next_step="check the values"
         )
     return rows
 
 
-def _tokenized(rows: Dataset, data: Data, tokenizer: PreTrainedTokenizerBase, task: str) -> Dataset:
-    def one(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = dict(
-            tokenizer(
-                batch[data.text_column],
-                truncation=not data.packing,
-                max_length=None if data.packing else data.max_length,
-            )
-        )
-        encoded.pop("token_type_ids", None)
-        if task == "text-classification":
-            encoded["labels"] = batch[data.label_column]
-        elif data.packing:
-            ids = [i for row in encoded["input_ids"] for i in [*row, tokenizer.eos_token_id]]
-            chunks = [ids[i : i + data.max_length] for i in range(0, len(ids) - data.max_length + 1, data.max_length)]
-            return {"input_ids": chunks, "attention_mask": [[1] * data.max_length for _ in chunks]}
-        return encoded
-
-    return rows.map(one, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenizing")
+def _tokenized(rows: Any, encoder: Encoder) -> Any:
+    if isinstance(rows, IterableDataset):
+        return rows.map(encoder, batched=True, remove_columns=rows.column_names or list(next(iter(rows))))
+    return rows.map(
+        encoder, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenizing"
+    )

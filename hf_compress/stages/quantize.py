@@ -24,9 +24,7 @@ class Quantize(Stage):
     )
     method: str | None = field(
         default=None,
-        metadata={
-            "help": "solver that rounds (see `hf-compress list solvers`); none = the container's own rounding"
-        },
+        metadata={"help": "solver that rounds (see `hf-compress list solvers`); none = the container's own rounding"},
     )
     streaming: bool = field(
         default=False, metadata={"help": "read and write block by block; for models larger than memory"}

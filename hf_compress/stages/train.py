@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_compress.coverage import coverage
-from hf_compress.data import Data, prepare
+from hf_compress.data import Data, Rows, prepare
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.stages.base import Done, Stage, Work
 from hf_compress.techniques import Technique
@@ -130,12 +130,19 @@ class Train(Stage):
         trained = [w.name for w in weights(model, KINDS) if not any(re.search(p, w.name) for p in self.freeze)]
         return Done(model.eval(), facts, coverage(model, trained), quantized=work.quantized)
 
-    def _rows(self, work: Work) -> Dataset:
+    def _rows(self, work: Work) -> Rows:
+        train = work.prepared.train
         if self.extra_data is None:
-            return work.prepared.train
+            return train
         assert work.tokenizer is not None
-        more = prepare(self.extra_data, work.tokenizer, task=work.task)
-        return concatenate_datasets([work.prepared.train, more.train.cast(work.prepared.train.features)])
+        more = prepare(self.extra_data, work.tokenizer, task=work.task).train
+        if isinstance(train, Dataset) and isinstance(more, Dataset):
+            return concatenate_datasets([train, more.cast(train.features)])
+        raise CompressError(
+            "rows that are read as training goes cannot be mixed with others",
+            where="train.extra_data",
+            next_step="set streaming: false, or leave extra_data out",
+        )
 
     def _freeze(self, model: PreTrainedModel) -> list[str]:
         frozen = []
