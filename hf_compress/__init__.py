@@ -8,20 +8,31 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hf_compress.backends import quantize
+    from hf_compress.data import Data
+    from hf_compress.evaluation import Evaluate, evaluate
+    from hf_compress.oneshot import prune
     from hf_compress.pipeline import compress
+    from hf_compress.planning import plan
     from hf_compress.recipe import Recipe
-    from hf_compress.surgery import drop_layers, shrink_ffn
+    from hf_compress.surgery import shrink
     from hf_compress.techniques.distillation import Distillation
     from hf_compress.techniques.pruning import Pruning
     from hf_compress.techniques.qat import QAT
     from hf_compress.trainer import CompressionTrainer, DistillationTrainer, PruningTrainer, QATTrainer
-    from hf_compress.verify import verify
+    from hf_compress.verification import verify
 
 _HOME = {
     "compress": "pipeline",
+    "plan": "planning",
     "Recipe": "recipe",
-    "drop_layers": "surgery",
-    "shrink_ffn": "surgery",
+    "shrink": "surgery",
+    "prune": "oneshot",
+    "quantize": "backends",
+    "evaluate": "evaluation",
+    "Evaluate": "evaluation",
+    "Data": "data",
+    "verify": "verification",
     "Distillation": "techniques.distillation",
     "Pruning": "techniques.pruning",
     "QAT": "techniques.qat",
@@ -29,20 +40,24 @@ _HOME = {
     "DistillationTrainer": "trainer",
     "PruningTrainer": "trainer",
     "QATTrainer": "trainer",
-    "verify": "verify",
 }
 __all__ = [
     "QAT",
     "CompressionTrainer",
+    "Data",
     "Distillation",
     "DistillationTrainer",
+    "Evaluate",
     "Pruning",
     "PruningTrainer",
     "QATTrainer",
     "Recipe",
     "compress",
-    "drop_layers",
-    "shrink_ffn",
+    "evaluate",
+    "plan",
+    "prune",
+    "quantize",
+    "shrink",
     "verify",
 ]
 

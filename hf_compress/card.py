@@ -9,6 +9,10 @@ from typing import Any
 
 import jinja2
 import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from hf_compress.errors import CompressError
 
 FACTS = "hf_compress.json"
 PIPELINES = {"causal-lm": "text-generation", "text-classification": "text-classification"}
@@ -20,9 +24,24 @@ LABELS = {
 }
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What `compress` recorded of a finished folder.
+
+    Raises:
+        CompressError: the folder holds no facts.
+    """
+    path = folder / FACTS
+    if not path.is_file():
+        raise CompressError(
+            f"no {FACTS} here", where=str(folder), next_step="give a folder that `hf-compress run` finished"
+        )
+    facts: dict[str, Any] = json.loads(path.read_text())
+    return facts
+
+
 def write_card(folder: Path) -> Path:
     """Render ``README.md`` from ``hf_compress.json``; can be run again at any time."""
-    facts = json.loads((folder / FACTS).read_text())
+    facts = read_facts(folder)
     path = folder / "README.md"
     path.write_text(render_card(facts))
     return path
@@ -127,7 +146,26 @@ def _metadata(facts: dict[str, Any]) -> dict[str, Any]:
         "datasets": [d for d in facts["datasets"] if re.fullmatch(r"[\w.-]+/[\w.-]+", d)] or None,
         "tags": tags,
     }
-    return {key: value for key, value in known.items() if value is not None}
+    return {key: value for key, value in known.items() if value is not None} | _model_index(facts)
+
+
+def _model_index(facts: dict[str, Any]) -> dict[str, Any]:
+    """What the Hub shows beside the card: the measured quality of the root checkpoint."""
+    root = ((facts["evaluation"] or {}).get("artefacts") or {}).get("root", {})
+    results = [
+        EvalResult(
+            task_type=PIPELINES[facts["task"]],
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_value=round(root[metric]["value"], 4),
+            metric_name=f"{metric} (held-out rows; see the card for n and the interval)",
+        )
+        for metric in ("accuracy", "perplexity")
+        if metric in root
+        for dataset in facts["datasets"][:1]
+    ]
+    return {"model-index": eval_results_to_model_index(" ".join(facts["name"].split()), results)} if results else {}
 
 
 def _text(value: object) -> str:

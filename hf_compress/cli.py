@@ -61,7 +61,7 @@ def run(
 @app.command()
 def plan(recipe: RecipeArgument, set_: Overrides = None) -> None:
     """Print what a recipe would do, from the model's config alone: parameters, bytes, coverage, notes."""
-    from hf_compress.plan import plan as plan_recipe
+    from hf_compress.planning import plan as plan_recipe
     from hf_compress.recipe import load
 
     rows = plan_recipe(load(recipe, set_))
@@ -80,15 +80,23 @@ def plan(recipe: RecipeArgument, set_: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(folder: FolderArgument) -> None:
-    """Print what was measured when the folder was made."""
-    _show(_facts(folder))
+def evaluate(
+    folder: FolderArgument,
+    dense: Annotated[
+        str | None, typer.Option(help="measure again, here and now, against this dense model (a folder or a Hub id)")
+    ] = None,
+) -> None:
+    """Print what was measured when the folder was made; with --dense, measure again and renew the card."""
+    from hf_compress.card import read_facts
+    from hf_compress.pipeline import measure_again
+
+    _show(read_facts(folder) if dense is None else measure_again(folder, dense))
 
 
 @app.command()
 def verify(folder: FolderArgument) -> None:
     """Open the folder in a fresh process without hf_compress and compare its answers with those recorded."""
-    from hf_compress.verify import verify as verify_folder
+    from hf_compress.verification import verify as verify_folder
 
     for key, value in verify_folder(folder)[str(folder)].items():
         console.print(f"{key}: {value}")
@@ -99,7 +107,6 @@ def card(folder: FolderArgument) -> None:
     """Write the card again from the folder's facts."""
     from hf_compress.card import write_card
 
-    _facts(folder)
     console.print(str(write_card(folder)))
 
 
@@ -152,20 +159,6 @@ def listing(what: str) -> list[tuple[str, str, str]]:
         f"nothing to list called {what!r}",
         next_step=did_you_mean(what, [*registries, "recipes", "stages", "techniques"]),
     )
-
-
-def _facts(folder: Path) -> dict[str, object]:
-    import json
-
-    from hf_compress.errors import CompressError
-
-    path = folder / "hf_compress.json"
-    if not path.is_file():
-        raise CompressError(
-            "no hf_compress.json here", where=str(folder), next_step="give a folder that `hf-compress run` finished"
-        )
-    found: dict[str, object] = json.loads(path.read_text())
-    return found
 
 
 def _show(facts: dict[str, object]) -> None:

@@ -18,16 +18,15 @@ from transformers import PreTrainedModel
 
 import hf_compress
 from hf_compress.backends import backends
-from hf_compress.card import write_card
+from hf_compress.card import FACTS, read_facts, write_card
 from hf_compress.errors import CompressError
-from hf_compress.evaluate import evaluate
-from hf_compress.evaluate.cost import machine_facts
-from hf_compress.recipe import NamedStage, Recipe
+from hf_compress.evaluation import evaluate
+from hf_compress.evaluation.cost import machine_facts
+from hf_compress.recipe import NamedStage, Recipe, parse
 from hf_compress.source import ModelSource, load_model, read_config, task_of
 from hf_compress.stages import Done, Work
-from hf_compress.verify import verify, write_expectation
+from hf_compress.verification import verify, write_expectation
 
-FACTS = "hf_compress.json"
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "compressed-tensors")
 
 
@@ -142,13 +141,7 @@ def compress(
     if recipe.evaluate is not None:
         say("measuring")
         facts["evaluation"] = evaluate(
-            final,
-            places["dense"],
-            spec=recipe.evaluate,
-            prepared=work.prepared,
-            task=task,
-            scratch=room / "evaluation",
-            seed=recipe.seed,
+            final, places["dense"], spec=recipe.evaluate, data=recipe.data, task=task, seed=recipe.seed
         )
     say("verifying in a fresh process")
     facts["verify"] = verify(final)[str(final)]
@@ -159,6 +152,24 @@ def compress(
     final.rename(output)
     shutil.rmtree(room)
     return Result(output, facts)
+
+
+def measure_again(folder: Path, dense: str) -> dict[str, Any]:
+    """Measure a finished folder on this machine as its recipe says, against `dense` (a folder or Hub id), and renew
+    its facts and card.
+
+    Raises:
+        CompressError: no such folder; the recipe measures nothing.
+    """
+    facts = read_facts(folder)
+    recipe = parse(facts["recipe"])
+    if recipe.evaluate is None:
+        raise CompressError("the recipe measures nothing", where=str(folder), next_step="add an evaluate: section")
+    found = evaluate(folder, dense, spec=recipe.evaluate, data=recipe.data, task=facts["task"], seed=recipe.seed)
+    facts |= {"evaluation": found, "machine": found["machine"]}
+    _save_facts(facts, folder / FACTS)
+    write_card(folder)
+    return facts
 
 
 def _work(recipe: Recipe, task: str, checkpoint: Path, folder: Path, places: dict[str, str], quantized: str) -> Work:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hf_compress.data import Data
 from hf_compress.errors import CompressError, did_you_mean
-from hf_compress.evaluate import Evaluate
+from hf_compress.evaluation import Evaluate
 from hf_compress.source import ModelSource
 from hf_compress.stages import STAGES, Stage
 

@@ -25,7 +25,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.parametrize(
     ("what", "holds"),
     [("losses", "forward_kl"), ("criteria", "wanda"), ("backends", "bitsandbytes"), ("families", "deepseek_v3")]
-    + [("stages", "shrink"), ("recipes", "quickstart"), ("techniques", "QAT")],
+    + [("solvers", "rtn"), ("stages", "shrink"), ("recipes", "quickstart"), ("techniques", "QAT")],
 )
 def test_lists(what: str, holds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "list", what) == 0
@@ -59,9 +59,14 @@ def test_mistakes_are_short_and_exit_with_1(
     assert "Traceback" not in said
 
 
-def test_public_names_exist() -> None:
+def test_public_names_are_not_hidden_by_modules_of_the_same_name() -> None:
+    import pkgutil
+
     import hf_compress
 
     assert __version__
+    for module in pkgutil.iter_modules(hf_compress.__path__):
+        assert module.name not in hf_compress.__all__, "importing the module would replace the public name"
     for name in hf_compress.__all__:
+        assert callable(getattr(hf_compress, name))
         assert getattr(hf_compress, name).__doc__

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_compress.evaluate.cost import paired_latency, parameter_counts, sparsity
-from hf_compress.evaluate.quality import paired_difference
+from hf_compress.evaluation.cost import paired_latency, parameter_counts, sparsity
+from hf_compress.evaluation.quality import paired_difference
 from hf_compress.weights import weights
 from tests.models import tiny
 

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_compress import pipeline
 from hf_compress.card import render_card
 from hf_compress.errors import CompressError
-from hf_compress.pipeline import compress
-from hf_compress.plan import plan
+from hf_compress.pipeline import compress, measure_again
+from hf_compress.planning import plan
 from hf_compress.recipe import load, parse, shipped
 from hf_compress.stages import Train
 from hf_compress.techniques.distillation import Distillation
@@ -135,6 +136,26 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     again = compress(parse(decoder), tmp_path / "again").facts
     assert runs == []  # the finished prune stage was not redone
     assert again["evaluation"]["artefacts"] == whole["evaluation"]["artefacts"]
+
+
+def test_measured_again_where_it_is_run(
+    decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder["stages"] = [
+        {"quantize": {"backend": "compressed-tensors", "bits": 4, "group_size": 32, "streaming": True}}
+    ]
+    before = compress(parse(decoder), tmp_path / "out").facts
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    after = measure_again(tmp_path / "out", str(tmp_path / "model"))
+    assert json.loads((tmp_path / "out" / "hf_compress.json").read_text()) == json.loads(json.dumps(after))
+    assert after["evaluation"]["settings"]["threads"] == 64
+    root = after["evaluation"]["artefacts"]["root"]
+    assert root == before["evaluation"]["artefacts"]["root"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "64 threads" in card
+    (result,) = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == round(root["perplexity"]["value"], 4)
+    assert ModelCard(card).data.eval_results[0].metric_type == "perplexity"
 
 
 def test_bitsandbytes_is_refused_for_experts_by_coverage(decoder: dict[str, Any], tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.coverage import Coverage
+from hf_compress.errors import CompressError
 from hf_compress.registry import Registry
 
 
@@ -28,3 +31,28 @@ bits, group_size)``: bytes on disk as a float, or the reason (str) why this weig
 """
 
 backends: Registry[Backend] = Registry("backend", __name__)
+
+
+def quantize(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    backend: str = "bitsandbytes",
+    bits: int = 8,
+    group_size: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Written:
+    """``quantize(model, "out", backend="compressed-tensors", bits=4, group_size=32)``: write a folder that plain
+    from_pretrained opens.
+
+    `options` are the backend's own (``hf-compress list backends``). Look at `Written.coverage`: what the container
+    cannot store stays as it was.
+
+    Raises:
+        CompressError: unknown backend; the folder exists; bits or group sizes the container does not have.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise CompressError("the output folder exists", where=str(folder), next_step="choose another")
+    return backends[backend](model, tokenizer, folder, bits=bits, group_size=group_size, **options)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
 from hf_compress.stages.base import Done, Stage, Work
-from hf_compress.surgery import drop_layers, shrink_ffn
+from hf_compress.surgery import shrink
 from hf_compress.weights import weights
 
 
@@ -29,13 +29,8 @@ class Shrink(Stage):
             raise CompressError("packed weights cannot be cut", where=where, next_step="put shrink before quantize")
 
     def run(self, work: Work) -> Done:
-        model, facts = work.model, dict[str, object]()
-        before = model.num_parameters()
-        if self.layers is not None:
-            facts |= drop_layers(model, keep=self.layers)
-        if self.ffn is not None:
-            facts |= shrink_ffn(model, width=self.ffn)
-        facts |= {"parameters_before": before, "parameters_after": model.num_parameters()}
+        model = work.model
+        facts = shrink(model, layers=self.layers, ffn=self.ffn)
         kinds = (
             {"ffn", "expert", "shared_expert"}
             if self.layers is None

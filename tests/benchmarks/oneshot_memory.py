@@ -140,7 +140,7 @@ def main() -> None:
     if args.work:
         work(*args.work)
         return
-    from hf_compress.evaluate.cost import machine_facts
+    from hf_compress.evaluation.cost import machine_facts
 
     runs = []
     with tempfile.TemporaryDirectory() as scratch:

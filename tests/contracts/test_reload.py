@@ -11,7 +11,7 @@ from hf_compress.backends import backends
 from hf_compress.backends.onnx import export_onnx
 from hf_compress.errors import CompressError
 from hf_compress.fake_quant import Grid, fake_quantize, scales
-from hf_compress.verify import verify, write_expectation
+from hf_compress.verification import verify, write_expectation
 from hf_compress.weights import weights
 from tests.models import CONFIGS, MOE, tiny
 

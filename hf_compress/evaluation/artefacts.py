@@ -58,7 +58,7 @@ def open_onnx(name: str, path: Path) -> Artefact:
 
     options = SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
 
     def predict(batch: dict[str, Tensor]) -> Tensor:
         (logits,) = session.run(None, {k: batch[k].numpy() for k in ("input_ids", "attention_mask")})

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
 from hf_compress.backends.onnx import export_onnx
-from hf_compress.data import Prepared
+from hf_compress.data import Data, prepare
 from hf_compress.errors import CompressError, did_you_mean
-from hf_compress.evaluate.artefacts import open_folder, open_onnx
-from hf_compress.evaluate.cost import machine_facts, memory_after_forward, paired_latency, parameter_counts, sparsity
-from hf_compress.evaluate.quality import quality
+from hf_compress.evaluation.artefacts import open_folder, open_onnx
+from hf_compress.evaluation.cost import machine_facts, memory_after_forward, paired_latency, parameter_counts, sparsity
+from hf_compress.evaluation.quality import quality
+from hf_compress.source import ModelSource, task_of
 
 METRICS = ("quality", "kl", "size", "latency", "memory", "sparsity")
 
@@ -45,24 +48,38 @@ class Evaluate:
 
 
 def evaluate(
-    folder: Path, dense: str, *, spec: Evaluate, prepared: Prepared, task: str, scratch: Path, seed: int = 0
+    folder: str | Path,
+    dense: str | Path,
+    *,
+    spec: Evaluate | None = None,
+    data: Data | None = None,
+    task: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """JSON facts of ``{"machine", "settings", "artefacts": {"dense", "plain_onnx"?, "root", "onnx"?}}``.
+    """``evaluate("out", "org/dense-model", data=Data("reviews.csv"))``: measure a finished folder against the dense
+    model.
 
-    Quality differences are paired on the same examples with a 95% bootstrap interval; latencies are interleaved in
-    one process and compared round by round; memory is what a fresh process holds more after loading and one forward.
+    Returns JSON facts, ``{"machine", "settings", "artefacts": {"dense", "plain_onnx"?, "root", "onnx"?}}``. Quality
+    differences are paired on the same examples with a 95% bootstrap interval; latencies are interleaved in one process
+    and compared round by round; memory is what a fresh process holds more after loading and one forward.
 
     Raises:
-        CompressError: logits that are not finite.
+        CompressError: quality without data; logits that are not finite.
     """
+    spec, folder, dense = spec or Evaluate(), Path(folder), str(dense)
+    spec.check()
+    task = task or task_of(ModelSource(id=str(folder)), AutoConfig.from_pretrained(folder))
+    if data is None and "quality" in spec.metrics:
+        raise CompressError("measuring quality needs data", where="evaluate", next_step="give data, or other metrics")
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     artefacts = [open_folder("dense", dense, task), open_folder("root", str(folder), task)]
     files = sorted((folder / "onnx").glob("*.onnx"))
     artefacts += [open_onnx("onnx", files[0])] if files else []
     if spec.compare_plain_onnx and artefacts[0].model is not None:
-        export_onnx(artefacts[0].model, scratch / "plain", plain=True)
-        artefacts.insert(1, open_onnx("plain_onnx", scratch / "plain" / "onnx" / "model_quantized.onnx"))
+        with tempfile.TemporaryDirectory() as scratch:
+            export_onnx(artefacts[0].model, Path(scratch), plain=True)
+            artefacts.insert(1, open_onnx("plain_onnx", Path(scratch) / "onnx" / "model_quantized.onnx"))
     facts: dict[str, Any] = {
         "machine": machine_facts(),
         "settings": {
@@ -83,7 +100,8 @@ def evaluate(
             each[artefact.name] |= parameter_counts(artefact.model)
         if artefact.model is not None and "sparsity" in spec.metrics:
             each[artefact.name]["sparsity"] = sparsity(artefact.model)
-    if "quality" in spec.metrics:
+    if "quality" in spec.metrics and data is not None:
+        prepared = prepare(data, AutoTokenizer.from_pretrained(folder), task=task)
         for name, found in quality(
             artefacts, prepared, task, spec.max_examples, with_kl="kl" in spec.metrics, seed=seed
         ).items():

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from hf_compress.data import Prepared
 from hf_compress.errors import CompressError
-from hf_compress.evaluate.artefacts import Artefact
+from hf_compress.evaluation.artefacts import Artefact
 
 
 def quality(

@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_compress.backends import backends
 from hf_compress.coverage import KEPT, coverage
 from hf_compress.errors import CompressError
-from hf_compress.evaluate.cost import parameter_counts
+from hf_compress.evaluation.cost import parameter_counts
 from hf_compress.recipe import Recipe
 from hf_compress.source import load_meta, read_config
 from hf_compress.stages import Prune, Quantize, Shrink, Train
-from hf_compress.surgery import drop_layers, shrink_ffn
+from hf_compress.surgery import shrink
 from hf_compress.weights import weights
 
 FP8_BYTES = 1 + 4 / 128**2  # one byte a weight and one fp32 scale for each 128 x 128 block
@@ -50,10 +50,7 @@ def plan(recipe: Recipe) -> list[Planned]:
         share = experts = None
         bytes_now = _dense_bytes(model)
         if isinstance(stage, Shrink):
-            if stage.layers is not None:
-                drop_layers(model, keep=stage.layers)
-            if stage.ffn is not None:
-                shrink_ffn(model, width=stage.ffn)
+            shrink(model, layers=stage.layers, ffn=stage.ffn)
             bytes_now = _dense_bytes(model)
         elif isinstance(stage, Prune) or (isinstance(stage, Train) and stage.prune is not None):
             notes.append("zeros make no file smaller and no stock runtime faster")
