@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parent))
+from report import figure, record
+
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
@@ -140,8 +142,6 @@ def main() -> None:
     if args.work:
         work(*args.work)
         return
-    from hf_compress.evaluation.cost import machine_facts
-
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
         for layers in (args.layers, 2 * args.layers):
@@ -154,18 +154,24 @@ def main() -> None:
             shutil.rmtree(source)
             shutil.rmtree(target)
     growth = runs[1]["peak_gb"] / runs[0]["peak_gb"]
-    reached = runs[1]["checkpoint_gb"] > args.limit_gb and growth < 1.1
-    facts = {
-        "config": CONFIG,
-        "limit_gb": args.limit_gb,
-        "runs": runs,
-        "peak_growth_as_depth_doubles": round(growth, 3),
-        "target": "a checkpoint larger than the limit is pruned under it, peak grows < 10% as depth doubles",
-        "reached": reached,
-        "machine": machine_facts(),
-    }
-    (HERE / "results" / "oneshot_memory.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"peak grows {growth:.3f}x as depth doubles; reached: {reached}")
+    sizes, peaks = [r["checkpoint_gb"] for r in runs], [r["peak_gb"] for r in runs]
+    record(
+        "oneshot_memory",
+        what=f"One-shot Wanda, streamed, on random DeepSeek-V3-shaped checkpoints of {sizes[0]} and {sizes[1]} GB: "
+        f"peak anonymous memory of the process ({runs[0]['idle_gb']} GB of it before the first block).",
+        command=f"python tests/benchmarks/oneshot_memory.py --layers {args.layers} --limit-gb {args.limit_gb}",
+        figures=[
+            figure(
+                "checkpoint over the limit it ran under", min(sizes) / args.limit_gb, "> 1", min(sizes) > args.limit_gb
+            ),
+            figure("peak memory, GB", max(peaks), f"<= {args.limit_gb}", max(peaks) <= args.limit_gb, spread=peaks),
+            figure("peak memory as depth doubles", growth, "< 1.1x", growth < 1.1),
+        ],
+        config=CONFIG,
+        limit_gb=args.limit_gb,
+        runs=runs,
+    )
+    print(f"peak grows {growth:.3f}x as depth doubles")
 
 
 if __name__ == "__main__":
