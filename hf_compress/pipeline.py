@@ -25,7 +25,7 @@ from hf_compress.evaluation.cost import machine_facts
 from hf_compress.recipe import NamedStage, Recipe, parse
 from hf_compress.source import ModelSource, load_model, read_config, task_of
 from hf_compress.stages import Done, Work
-from hf_compress.verification import verify, write_expectation
+from hf_compress.verification import EXPECTATION, verify, write_expectation, write_onnx_expectation
 
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "compressed-tensors")
 
@@ -119,10 +119,16 @@ def compress(
     final = room / "final"
     shutil.rmtree(final, ignore_errors=True)
     shutil.copytree(checkpoint, final)
+    asked = checkpoint.parent / EXPECTATION
+    if asked.exists():
+        shutil.copytree(asked.parent, (final / EXPECTATION).parent)
     for name, folder in extras.items():
         shutil.copytree(folder, final / name)
     work = _work(recipe, task, final, room / "evaluation", places, quantized)
-    write_expectation(work.model, final)
+    if not (final / EXPECTATION).exists():  # a stage that only wrote to disk had no model in memory to ask
+        write_expectation(work.model, final)
+    if "onnx" in extras:
+        write_onnx_expectation(final)
     facts: dict[str, Any] = {
         "name": recipe.name,
         "command": command,
@@ -190,8 +196,8 @@ def _container(recipe: Recipe) -> dict[str, str] | None:
 
 @dataclass(frozen=True)
 class _Finished:
-    """Where one stage's result lies: ``<number>-<name>-<fingerprint of the recipe up to here>/checkpoint`` and
-    ``record.json``."""
+    """Where one stage's result lies: ``<number>-<name>-<fingerprint of the recipe up to here>/``, with ``checkpoint``,
+    ``record.json`` and ``verify``, the answers of the model in memory that was saved."""
 
     folder: Path
 
@@ -239,6 +245,8 @@ class _Finished:
             done.model.save_pretrained(made / "checkpoint")
             if tokenizer is not None:
                 tokenizer.save_pretrained(made / "checkpoint")
+        if done.model is not None:
+            write_expectation(done.model, made)
         for name, folder in done.extras.items():
             folder.rename(made / name)
         _save_facts(record, made / "record.json")

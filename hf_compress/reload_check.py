@@ -44,7 +44,7 @@ def examine(folder: Path, tolerance: float) -> tuple[list[str], dict[str, Any]]:
     head = model.get_output_embeddings() if config.get("tie_word_embeddings") else None
     if head is not None and head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr():
         problems.append("the output embedding is no longer tied to the input embedding")
-    expected = load_file(folder / "expectation.safetensors")
+    expected = load_file(folder / "verify" / "expectation.safetensors")
     with torch.no_grad():
         logits = model(input_ids=expected["input_ids"], attention_mask=expected["attention_mask"]).logits.float()
     want = expected["logits"].float()

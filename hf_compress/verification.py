@@ -9,47 +9,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from hf_compress.errors import CompressError
 from hf_compress.weights import weights
 
-EXPECTATION = "expectation.safetensors"
+EXPECTATION = "verify/expectation.safetensors"
 TOLERANCE = 1e-3  # of the largest logit: another process may sum in another order
 
 _CHILD = Path(__file__).with_name("reload_check.py")
 
 
 def write_expectation(model: PreTrainedModel, folder: Path) -> None:
-    """Record, beside the checkpoint, what the model answers to a fixed probe, its zeros, what the ONNX file says.
+    """Record in `folder` what the model in memory answers to a fixed probe, before it is ever reloaded.
 
-    ``expectation.safetensors``: input_ids (2, 16), attention_mask, logits, onnx_logits, and zeros.NAME, the count of
-    exact zeros of each pruned parameter.
+    ``verify/expectation.safetensors``: input_ids (2, 16), attention_mask, logits, and zeros.NAME, the count of exact
+    zeros of each pruned parameter.
     """
-    made = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, model.config.vocab_size, (2, 16), generator=made)
-    mask = torch.ones_like(ids)
-    mask[1, 12:] = 0
+    ids, mask = _probe(model.config.vocab_size)
     with torch.no_grad():
-        tensors = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "logits": model(input_ids=ids, attention_mask=mask).logits.float().contiguous(),
-        }
+        logits = model.eval()(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+    tensors = {"input_ids": ids, "attention_mask": mask, "logits": logits.float().cpu().contiguous()}
     for parameter, whole in {w.parameter: w.whole for w in weights(model)}.items():
         zeros = int((whole == 0).sum()) if whole.is_floating_point() else 0
         if zeros > 0.01 * whole.numel():
             tensors[f"zeros.{parameter}"] = torch.tensor(zeros)
-    files = sorted((folder / "onnx").glob("*.onnx"))
-    if files:
-        from onnxruntime import InferenceSession
-
-        (got,) = InferenceSession(files[0], providers=["CPUExecutionProvider"]).run(
-            None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-        )
-        tensors["onnx_logits"] = torch.from_numpy(got)
+    (folder / EXPECTATION).parent.mkdir(exist_ok=True)
     save_file(tensors, folder / EXPECTATION)
+
+
+def write_onnx_expectation(folder: Path) -> None:
+    """Record beside it what the ONNX file in ``folder/onnx`` answers to the same probe."""
+    from onnxruntime import InferenceSession
+
+    (file,) = (folder / "onnx").glob("*.onnx")
+    expected = load_file(folder / EXPECTATION)
+    inputs = {name: expected[name].numpy() for name in ("input_ids", "attention_mask")}
+    (got,) = InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, inputs)
+    save_file(expected | {"onnx_logits": torch.from_numpy(got)}, folder / EXPECTATION)
+
+
+def _probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, (2, 16); the second row ends in padding."""
+    ids = torch.randint(5, vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    return ids, mask
 
 
 def verify(*folders: Path, tolerance: float = TOLERANCE) -> dict[str, dict[str, Any]]:

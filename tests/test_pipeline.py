@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_compress import pipeline
 from hf_compress.card import render_card
@@ -269,8 +269,26 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "write_expectation", full)
+    monkeypatch.setattr(pipeline, "write_card", full)
     with pytest.raises(OSError, match="No space"):
+        compress(parse(decoder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_save_that_changes_the_model_is_caught(
+    decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = PreTrainedModel.save_pretrained
+
+    def careless(self: PreTrainedModel, folder: Path, **options: Any) -> None:
+        save(self, folder, **options)
+        tensors = load_file(Path(folder) / "model.safetensors")
+        tensors["model.norm.weight"] *= 1.1
+        save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
+
+    decoder["stages"], decoder["evaluate"] = decoder["stages"][:1], None
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", careless)
+    with pytest.raises(CompressError, match="logits differ"):
         compress(parse(decoder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

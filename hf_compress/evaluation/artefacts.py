@@ -47,7 +47,7 @@ def open_folder(name: str, folder: str, task: str) -> Artefact:
     return Artefact(
         name,
         predict,
-        sum(p.stat().st_size for p in Path(folder).glob("*.safetensors") if p.name != "expectation.safetensors"),
+        sum(p.stat().st_size for p in Path(folder).glob("*.safetensors")),
         model,
     )
 

@@ -1,6 +1,7 @@
 """Contracts 1 and 2: every container opens without hf_compress and gives the same answers; what it cannot store is
 said, or refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hf_compress.backends import backends
 from hf_compress.backends.onnx import export_onnx
 from hf_compress.errors import CompressError
 from hf_compress.fake_quant import Grid, fake_quantize, scales
-from hf_compress.verification import verify, write_expectation
+from hf_compress.verification import verify, write_expectation, write_onnx_expectation
 from hf_compress.weights import weights
 from tests.models import CONFIGS, MOE, tiny
 
@@ -71,9 +72,7 @@ def test_damaged_checkpoints_are_found(folders: dict[tuple, Path], tmp_path: Pat
     }
     for name, change in damage.items():
         folder = tmp_path / name
-        folder.mkdir()
-        for file in source.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(source, folder)
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -138,6 +137,7 @@ def test_onnx_file_agrees_and_other_families_are_refused(tmp_path: Path) -> None
     assert 0 < facts["error"] < 0.2
     model.save_pretrained(tmp_path)
     write_expectation(model, tmp_path)
+    write_onnx_expectation(tmp_path)
     assert verify(tmp_path)[str(tmp_path)]["onnx_difference"] < 1e-3
     for name in CONFIGS:
         if name != "bert":
