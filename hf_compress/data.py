@@ -117,7 +117,16 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, *, task: str) -> Pre
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         collator = CausalCollator(tokenizer)
-    encoder = Encoder(data, tokenizer, classification)
+    encoder = Encoder(
+        tokenizer,
+        data.max_length,
+        data.text_column,
+        data.label_column if classification else None,
+        data.prompt_column,
+        data.messages_column,
+        data.packing,
+        data.completion_only,
+    )
     return Prepared(_tokenized(train, encoder), _tokenized(held_out, encoder), collator)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,43 +11,44 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from hf_compress.errors import CompressError
 
-if TYPE_CHECKING:
-    from hf_compress.data import Data
-
 
 @dataclass(frozen=True)
 class Encoder:
     """Batch of columns -> input_ids, attention_mask, labels. Causal labels are the tokens themselves, or -100 where
-    only completions are learned."""
+    only completions are learned. `text`, `label`, `prompt` and `messages` name columns, as in `Data`."""
 
-    data: Data
     tokenizer: PreTrainedTokenizerBase
-    classification: bool
+    max_length: int
+    text: str
+    label: str | None = None
+    prompt: str | None = None
+    messages: str | None = None
+    packing: bool = False
+    completion_only: bool = False
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
-        data = self.data
-        if data.messages_column is not None:
-            texts, spans = zip(*(self._chat(messages) for messages in batch[data.messages_column]), strict=True)
-        elif data.prompt_column is not None:
-            pairs = list(zip(batch[data.prompt_column], batch[data.text_column], strict=True))
+        if self.messages is not None:
+            texts, spans = zip(*(self._chat(messages) for messages in batch[self.messages]), strict=True)
+        elif self.prompt is not None:
+            pairs = list(zip(batch[self.prompt], batch[self.text], strict=True))
             texts = tuple(f"{prompt}{text}{self.tokenizer.eos_token or ''}" for prompt, text in pairs)
             spans = tuple([(len(prompt), len(whole))] for (prompt, _), whole in zip(pairs, texts, strict=True))
         else:
-            texts = tuple(batch[data.text_column])
+            texts = tuple(batch[self.text])
             spans = tuple([(0, len(text))] for text in texts)
         encoded = dict(
             self.tokenizer(
                 list(texts),
-                truncation=not data.packing,
-                max_length=None if data.packing else data.max_length,
-                add_special_tokens=data.messages_column is None,  # the template writes its own
-                return_offsets_mapping=data.completion_only,
+                truncation=not self.packing,
+                max_length=None if self.packing else self.max_length,
+                add_special_tokens=self.messages is None,  # the template writes its own
+                return_offsets_mapping=self.completion_only,
             )
         )
         encoded.pop("token_type_ids", None)
         offsets = encoded.pop("offset_mapping", None)
-        if self.classification:
-            return encoded | {"labels": batch[data.label_column]}
+        if self.label is not None:
+            return encoded | {"labels": batch[self.label]}
         labels = encoded["input_ids"]
         if offsets is not None:
             labels = [
@@ -61,7 +62,7 @@ class Encoder:
                     strict=True,
                 )
             ]
-        return self._pack(encoded["input_ids"], labels) if data.packing else encoded | {"labels": labels}
+        return self._pack(encoded["input_ids"], labels) if self.packing else encoded | {"labels": labels}
 
     def _chat(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """The rendered chat, and where in it the assistant's turns are."""
@@ -72,14 +73,14 @@ class Encoder:
             return shown
 
         text, spans = render(len(messages), False), []
-        if self.data.completion_only:
+        if self.completion_only:
             for index, message in enumerate(messages):
                 if message["role"] == "assistant":
                     before, after = render(index, True), render(index + 1, False)
                     if not (text.startswith(after) and after.startswith(before)):
                         raise CompressError(
                             "the chat template rewrites earlier turns, so the assistant's part cannot be told apart",
-                            where="data.completion_only",
+                            where="self.completion_only",
                             next_step="learn whole chats (completion_only: false), or use a prompt_column",
                         )
                     spans.append((len(before), len(after)))
@@ -87,7 +88,7 @@ class Encoder:
 
     def _pack(self, ids: list[list[int]], labels: list[list[int]]) -> dict[str, Any]:
         """Rows joined by the end-of-text token and cut into rows of max_length; the rest is dropped."""
-        size, end = self.data.max_length, self.tokenizer.eos_token_id
+        size, end = self.max_length, self.tokenizer.eos_token_id
         starts = range(0, sum(len(row) + 1 for row in ids) - size + 1, size)
         joined = {
             "input_ids": [t for row in ids for t in [*row, end]],
