@@ -80,7 +80,7 @@ class Encoder:
                     if not (text.startswith(after) and after.startswith(before)):
                         raise CompressError(
                             "the chat template rewrites earlier turns, so the assistant's part cannot be told apart",
-                            where="self.completion_only",
+                            where="data.completion_only",
                             next_step="learn whole chats (completion_only: false), or use a prompt_column",
                         )
                     spans.append((len(before), len(after)))
