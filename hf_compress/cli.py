@@ -183,6 +183,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     import transformers
+    from safetensors import SafetensorError
 
     from hf_compress.errors import CompressError
 
@@ -196,12 +197,9 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("interrupted: run the same command again to go on where it stopped")
         sys.exit(130)
-    except OSError as error:
-        errors.print(
-            Panel(
-                f"{error}\n  next: free space or choose another place, then run the same command again to go on",
-                title="hf-compress",
-                border_style="red",
-            )
-        )
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own kind
+        damaged = isinstance(error, SafetensorError) and "os error" not in str(error)
+        mend = "copy or download the damaged file again" if damaged else "free space or choose another place"
+        text = f"{error}\n  next: {mend}, then run the same command again to go on"
+        errors.print(Panel(text, title="hf-compress", title_align="left", border_style="red"), markup=False)
         sys.exit(1)

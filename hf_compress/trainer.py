@@ -64,6 +64,8 @@ class CompressionTrainer(Trainer):
         self._logged_steps = 0
         self._eval_logged: dict[str, list[Tensor]] = defaultdict(list)
         for technique in self.techniques:
+            technique.check()
+        for technique in self.techniques:
             technique.attach(model)
         callbacks = [*(others.pop("callbacks", None) or []), *self.techniques, _OwnParameters(self.techniques)]
         super().__init__(model, args=args, callbacks=callbacks, **others)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from hf_compress import __version__
 from hf_compress.cli import main
@@ -56,6 +57,31 @@ def test_mistakes_are_short_and_exit_with_1(
             "no config.json",
         )
     )
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device"), "free space"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "free space"),
+        (SafetensorError("Error while deserializing header: incomplete metadata"), "damaged file"),
+    ],
+)
+def test_a_full_disk_or_a_damaged_file_is_a_panel_not_a_traceback(
+    error: Exception,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("hf_compress.pipeline.compress", fail)
+    assert command(monkeypatch, "run", "quickstart", "--output", str(tmp_path / "out")) == 1
+    said = capsys.readouterr().err
+    assert says in said
     assert "Traceback" not in said
 
 

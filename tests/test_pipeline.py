@@ -202,6 +202,13 @@ def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
             3,
             r"stages\[1\].train.distill.temprature[\s\S]*did you mean 'temperature'",
         ),
+        ("stages/1/train/distill/loss", "forward_lk", r"unknown loss 'forward_lk'[\s\S]*did you mean 'forward_kl'"),
+        ("stages/1/train/distill/temperature", 0, "is not positive"),
+        ("stages/1/train/prune/schedule", "qubic", "unknown schedule"),
+        ("stages/1/train/qat", {"bits": 9}, "not between 2 and 8"),
+        ("stages/1/train/args/save_strategy", "sometimes", r"refuses these: 'sometimes'|sometimes[\s\S]*args"),
+        ("stages/2/quantize/method", "gptqq", "no solver 'gptqq'"),
+        ("stages/2/quantize", {"backend": "bitsandbytes", "streaming": True}, "grids of its own"),
         ("stages/2/quantize/backend", "bitsandbites", r"unknown backend[\s\S]*did you mean 'bitsandbytes'"),
         ("stages/2/quantize/options", {"dtype": "float16"}, "no option 'dtype'"),
         ("stages/2", {"quantise": {}}, r"unknown stage 'quantise'[\s\S]*did you mean 'quantize'"),
@@ -214,6 +221,16 @@ def test_mistakes_in_a_recipe_are_named_before_any_work(
 ) -> None:
     with pytest.raises(CompressError, match=says):
         parse(change(decoder, path, value))
+
+
+def test_yaml_words_reach_training_arguments(decoder: dict[str, Any]) -> None:
+    raw = yaml.safe_load(
+        yaml.safe_dump(decoder).replace("learning_rate: 0.001", "learning_rate: 1e-3\n      save_strategy: no")
+    )
+    stage = parse(raw).stages[1].stage
+    assert isinstance(stage, Train)
+    assert stage.args["save_strategy"] == "no"
+    assert stage.args["learning_rate"] == 1e-3
 
 
 @pytest.mark.parametrize(

@@ -65,10 +65,23 @@ class Train(Stage):
                     where=f"{where}.args",
                     next_step=did_you_mean(key, _ARGUMENTS),
                 )
-            if isinstance(value, str) and re.fullmatch(
-                r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value
-            ):  # YAML 1.1 reads 2e-5 as text
-                self.args[key] = float(value)
+            if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+                self.args[key] = float(value)  # YAML 1.1 reads 2e-5 as text
+            if value is False and key.endswith("_strategy"):
+                self.args[key] = "no"  # and no as false
+        try:
+            self._arguments("unused", 0)
+        except (ValueError, TypeError, ImportError) as error:
+            raise CompressError(
+                f"TrainingArguments refuses these: {str(error).splitlines()[0]}", where=f"{where}.args"
+            ) from error
+        for technique in self.techniques:
+            try:
+                technique.check()
+            except CompressError as error:
+                raise CompressError(
+                    error.what, where=f"{where}: {error.where}".rstrip(": "), next_step=error.next_step
+                ) from error
         if "quantize" in work_kinds and (self.lora is None or self.prune is not None or self.qat is not None):
             raise CompressError(
                 "packed weights train only through LoRA, without masks and fake quantization",
@@ -86,16 +99,7 @@ class Train(Stage):
         student: torch.nn.Module = self._with_lora(model, work) if self.lora is not None else model
         if self.distill is not None and isinstance(self.distill.teacher_model, str):
             self.distill.teacher_model = work.stages.get(self.distill.teacher_model, self.distill.teacher_model)
-        defaults: dict[str, Any] = {
-            "report_to": "none",
-            "save_total_limit": 1,
-            "logging_steps": 20,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "use_cpu": not torch.cuda.is_available(),
-        }
-        arguments = TrainingArguments(
-            **(defaults | self.args | {"output_dir": str(work.folder / "trainer"), "seed": work.seed})
-        )
+        arguments = self._arguments(str(work.folder / "trainer"), work.seed)
         stop = _StopAfterSaving()
         trainer = CompressionTrainer(
             student,
@@ -129,6 +133,16 @@ class Train(Stage):
                 parameter.requires_grad_(True)
         trained = [w.name for w in weights(model, KINDS) if not any(re.search(p, w.name) for p in self.freeze)]
         return Done(model.eval(), facts, coverage(model, trained), quantized=work.quantized)
+
+    def _arguments(self, folder: str, seed: int) -> TrainingArguments:
+        defaults: dict[str, Any] = {
+            "report_to": "none",
+            "save_total_limit": 1,
+            "logging_steps": 20,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        return TrainingArguments(**(defaults | self.args | {"output_dir": folder, "seed": seed}))
 
     def _rows(self, work: Work) -> Rows:
         train = work.prepared.train

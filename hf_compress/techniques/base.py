@@ -37,11 +37,14 @@ class Step:
 class Technique(TrainerCallback):
     """Base of `Distillation`, `Pruning`, `QAT`: a dataclass (``eq=False``) whose fields are the recipe's keys.
 
-    The order of calls: `attach`, `prepare`, then every step `request` and `loss_terms` and the callback events of
-    transformers, `finalize`.
+    The order of calls: `check`, `attach`, `prepare`, then every step `request` and `loss_terms` and the callback
+    events of transformers, `finalize`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    def check(self) -> None:
+        """Raise a CompressError for fields that cannot work, from them alone: recipes call it before any work."""
 
     def attach(self, model: nn.Module) -> None:
         """Before the optimizer exists: make masks, hooks and projections. Raise here whatever would fail later."""

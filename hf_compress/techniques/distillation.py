@@ -52,7 +52,7 @@ class Distillation(Technique):
         default_factory=dict, metadata={"help": "passed to the teacher's from_pretrained"}
     )
 
-    def attach(self, model: nn.Module) -> None:
+    def check(self) -> None:
         if self.teacher_model is None:
             raise CompressError(
                 "distillation needs a teacher",
@@ -65,6 +65,10 @@ class Distillation(Technique):
                 where="distill.loss",
                 next_step="hidden states are weighted by hidden_weight",
             )
+        if not self.temperature > 0:
+            raise CompressError(f"temperature {self.temperature} is not positive", where="distill.temperature")
+
+    def attach(self, model: nn.Module) -> None:
         student = base_of(model)
         self._projections, self._map = nn.ModuleList(), list[int]()
         self.teacher = self._load_teacher(model)

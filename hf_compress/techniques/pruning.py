@@ -52,7 +52,7 @@ class Pruning(Technique):
     every: int = field(default=10, metadata={"help": "steps between two mask updates"})
     skip: list[str] = field(default_factory=list, metadata={"help": "regular expressions of weights to leave dense"})
 
-    def attach(self, model: nn.Module) -> None:
+    def check(self) -> None:
         parse_pattern(self.pattern)
         entry = criteria.entry(self.criterion)
         if entry.traits["needs"]:
@@ -69,6 +69,8 @@ class Pruning(Technique):
             raise CompressError(
                 "sparsity must be between 0 and 1, begin <= end within 0 and 1, every positive", where="prune"
             )
+
+    def attach(self, model: nn.Module) -> None:
         if hasattr(model, "peft_config"):
             raise CompressError(
                 "a mask must hold on W + BA, and adapters are merged after training",

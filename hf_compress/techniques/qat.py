@@ -35,9 +35,13 @@ class QAT(Technique):
         default_factory=list, metadata={"help": "regular expressions of weights to leave as they are"}
     )
 
-    def attach(self, model: nn.Module) -> None:
+    def check(self) -> None:
         if not 2 <= self.bits <= 8:
             raise CompressError(f"{self.bits} bits are not between 2 and 8", where="qat.bits")
+        if self.group_size is not None and self.group_size < 1:
+            raise CompressError(f"group size {self.group_size} is not positive", where="qat.group_size")
+
+    def attach(self, model: nn.Module) -> None:
         if hasattr(model, "peft_config"):
             raise CompressError(
                 "fake quantization must act on W + BA, and adapters are merged after training",
