@@ -67,10 +67,20 @@ def render_card(facts: dict[str, Any]) -> str:
         table=comparison(facts["evaluation"]),
         recipe=recipe,
         fence=fence,
+        smaller_than_source=_against_source(facts),
         auto=("AutoModelForCausalLM" if facts["task"] == "causal-lm" else "AutoModelForSequenceClassification"),
         masked=any(s["kind"] == "prune" or "Pruning" in (s["facts"].get("techniques") or {}) for s in facts["stages"]),
         onnx=any(s["kind"] == "export" for s in facts["stages"]),
     )
+
+
+def _against_source(facts: dict[str, Any]) -> str:
+    """Bytes against the source's own files where these are not the dense model of the table (FP8, GGUF); else ""."""
+    root = ((facts["evaluation"] or {}).get("artefacts") or {}).get("root", {})
+    source, dense = facts.get("source_bytes"), facts["evaluation"] and facts["evaluation"]["artefacts"]["dense"]
+    if not source or "bytes" not in root or abs(source / dense["bytes"] - 1) < 0.01:
+        return ""
+    return f"{source / 1e6:.1f} MB, so this folder's are {source / root['bytes']:.2f}x smaller than those."
 
 
 def comparison(evaluation: dict[str, Any] | None) -> list[list[str]]:

@@ -40,22 +40,38 @@ class Grid:
 
 
 def scales(matrix: Tensor, grid: Grid) -> Tensor:
-    """(out, in) -> (out, groups): max |w| / largest code, never 0. With it, quantizing twice gives the same values."""
-    top = grid.groups(matrix).abs().amax(-1)
-    return torch.where(top > 0, top / grid.largest, torch.ones_like(top))
+    """(out, in) -> (out, groups): max |w| / largest code, never 0, in the dtype of `matrix`.
+
+    With it, quantizing twice gives the same values.
+
+    Raises:
+        CompressError: weights that are not finite; the group size does not divide the inputs.
+    """
+    top = grid.groups(matrix).abs().amax(-1).float()
+    if not torch.isfinite(top).all():
+        raise CompressError(
+            "weights are not finite",
+            where="quantization grid",
+            next_step="check the checkpoint, or the training that made it",
+        )
+    return torch.where(top > 0, top / grid.largest, torch.ones_like(top)).to(matrix.dtype)
 
 
 def codes(matrix: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """clip(round(w / s)): int8 (out, in); 0 stays 0 and |w - code * s| <= s / 2 inside the range."""
-    return (
-        (grid.groups(matrix) / scale[..., None]).round().clamp(-grid.largest, grid.largest).flatten(1).to(torch.int8)
-    )
+    """clip(round(w / s)), in fp32: int8 (out, in); 0 stays 0 and |w - code * s| <= s / 2 inside the range."""
+    exact = grid.groups(matrix).float() / scale[..., None].float()
+    return exact.round().clamp(-grid.largest, grid.largest).flatten(1).to(torch.int8)
 
 
 def fake_quantize(matrix: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """code * s in the dtype of `matrix`, (out, in)."""
-    grouped: Tensor = codes(matrix, scale, grid).to(matrix.dtype).unflatten(1, (scale.shape[1], -1))
-    return (grouped * scale[..., None]).flatten(1)
+    """code * s, rounded once to the dtype of `matrix`, (out, in)."""
+    return from_codes(codes(matrix, scale, grid), scale)
+
+
+def from_codes(rounded: Tensor, scale: Tensor) -> Tensor:
+    """Codes (out, in) and scales (out, groups) -> code * s, (out, in) in the dtype of the scales."""
+    grouped: Tensor = rounded.unflatten(1, (scale.shape[1], -1)).float()
+    return (grouped * scale[..., None].float()).flatten(1).to(scale.dtype)
 
 
 def fake_quantize_ste(matrix: Tensor, grid: Grid) -> Tensor:

@@ -28,12 +28,25 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
+def check_target(sparsity: float, pattern: str) -> None:
+    """Raise a CompressError unless `sparsity` is what `pattern` can reach: between 0 and 1, and 1 - N/M for N:M."""
+    if not 0 < sparsity < 1:
+        raise CompressError(f"sparsity {sparsity} is not between 0 and 1", where="sparsity")
+    nm = parse_pattern(pattern)
+    if nm is not None and abs(sparsity - (1 - nm[0] / nm[1])) > 1e-6:
+        raise CompressError(
+            f"{pattern} keeps {nm[0]} of {nm[1]}, which is a sparsity of {1 - nm[0] / nm[1]:g}, not {sparsity:g}",
+            where="sparsity",
+            next_step=f"sparsity: {1 - nm[0] / nm[1]:g}, or another pattern",
+        )
+
+
 def mask_of(scores: Tensor, *, sparsity: float, pattern: str = "unstructured", group: str = "layer") -> Tensor:
     """Boolean mask (out, in), True = keep the highest scores.
 
     unstructured: exactly ``round(sparsity * n)`` of each comparison group of n scores is dropped, a group being the
     whole matrix (``layer``) or each row (``row``). N:M: in every M consecutive inputs of a row, ``floor(sparsity *
-    M)`` is dropped, at most M - N.
+    M)`` is dropped, at most M - N (less than that only on the way of a schedule; see `check_target`).
     Ties: the lower index is kept, so equal input gives equal masks.
 
     Raises:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ from hf_compress.errors import CompressError
 from hf_compress.evaluation import evaluate
 from hf_compress.evaluation.cost import machine_facts
 from hf_compress.recipe import NamedStage, Recipe, parse
-from hf_compress.source import ModelSource, load_model, read_config, task_of
+from hf_compress.source import ModelSource, load_meta, load_model, read_config, task_of, weight_files
 from hf_compress.stages import Done, Work
 from hf_compress.verification import EXPECTATION, verify, write_expectation, write_onnx_expectation
 
@@ -68,17 +69,15 @@ def compress(
 
     tokenizer = None
     source = _Finished.stage(room, recipe, -1)
-    if not source.done:
+    checkpoint, files = source.checkpoint, weight_files(recipe.model)
+    if recipe.stages and getattr(recipe.stages[0].stage, "streaming", False) and _plain(recipe.model, files):
+        checkpoint = files[0].parent  # read from where it lies, block by block
+    elif not source.done:
         say("reading the model")
         model, tokenizer = load_model(recipe.model, seed=recipe.seed)
         source.save(Done(model), tokenizer, {"kind": "source", "seconds": 0.0})
         del model
-    checkpoint, places, extras, records = (
-        source.checkpoint,
-        {"source": str(source.checkpoint)},
-        dict[str, Path](),
-        list[dict[str, Any]](),
-    )
+    extras, records, places = dict[str, Path](), list[dict[str, Any]](), {"source": str(checkpoint)}
     places["dense"] = places["source"]
     quantized = ""
     model_now: PreTrainedModel | None = None
@@ -125,7 +124,8 @@ def compress(
     for name, folder in extras.items():
         shutil.copytree(folder, final / name)
     work = _work(recipe, task, final, room / "evaluation", places, quantized)
-    if not (final / EXPECTATION).exists():  # a stage that only wrote to disk had no model in memory to ask
+    opens = _fits(final, recipe.model)
+    if opens and not (final / EXPECTATION).exists():  # a stage that only wrote to disk had no model in memory to ask
         write_expectation(work.model, final)
     if "onnx" in extras:
         write_onnx_expectation(final)
@@ -137,6 +137,7 @@ def compress(
         "license": recipe.license,
         "task": task,
         "base_model": recipe.model.id,
+        "source_bytes": sum(file.stat().st_size for file in files) or None,
         "datasets": [recipe.data.id] if recipe.data else [],
         "stages": records,
         "machine": machine_facts(),
@@ -144,13 +145,17 @@ def compress(
         "container": _container(recipe),
         "evaluation": None,
     }
-    if recipe.evaluate is not None:
+    if recipe.evaluate is not None and opens:
         say("measuring")
         facts["evaluation"] = evaluate(
             final, places["dense"], spec=recipe.evaluate, data=recipe.data, task=task, seed=recipe.seed
         )
-    say("verifying in a fresh process")
-    facts["verify"] = verify(final)[str(final)]
+    if opens:
+        say("verifying in a fresh process")
+        facts["verify"] = verify(final)[str(final)]
+    else:
+        say("larger than this machine's memory: neither measured nor opened")
+        facts["verify"] = None
     _save_facts(facts, final / FACTS)
     write_card(final)
     if output.exists():
@@ -176,6 +181,18 @@ def measure_again(folder: Path, dense: str) -> dict[str, Any]:
     _save_facts(facts, folder / FACTS)
     write_card(folder)
     return facts
+
+
+def _plain(source: ModelSource, files: list[Path]) -> bool:
+    """A safetensors folder whose tokenizer and dtype need no change."""
+    return bool(files) and not source.gguf_file and source.tokenizer is None and source.dtype == "auto"
+
+
+def _fits(folder: Path, source: ModelSource) -> bool:
+    """Whether the model, unpacked, fits in the memory that is free now."""
+    model = load_meta(ModelSource(id=str(folder), task=source.task))
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    return source.device_map is not None or need < 0.9 * psutil.virtual_memory().available
 
 
 def _work(recipe: Recipe, task: str, checkpoint: Path, folder: Path, places: dict[str, str], quantized: str) -> Work:

@@ -104,8 +104,12 @@ def parse(raw: dict[str, Any]) -> Recipe:
     for key in ("name", "model", "stages"):
         if key not in raw:
             raise CompressError(f"the recipe has no {key!r}", where="recipe")
+    if not isinstance(raw["stages"], list) or not all(isinstance(entry, str | dict) for entry in raw["stages"]):
+        raise CompressError(
+            "stages is a list: each line begins with a dash", where="stages", next_step="- prune: {sparsity: 0.5}"
+        )
     stages: list[NamedStage] = []
-    for index, entry in enumerate(raw["stages"] or []):
+    for index, entry in enumerate(raw["stages"]):
         entry = {entry: {}} if isinstance(entry, str) else dict(entry)
         name = entry.pop("name", None)
         if len(entry) != 1:

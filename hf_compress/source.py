@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.bnb_guard import disable_cpu_packing
@@ -79,7 +80,9 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
     assert source.id is not None
     path = local_path(source.id)
     try:
-        return AutoConfig.from_pretrained(path, revision=source.revision or "main", **_gguf(source))
+        return AutoConfig.from_pretrained(
+            path, revision=source.revision or "main", trust_remote_code=False, **_gguf(source)
+        )
     except OSError as error:
         raise CompressError(
             f"cannot read the model's config: {str(error).splitlines()[0]}",
@@ -141,6 +144,7 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
             dtype=source.dtype,
             device_map=source.device_map,
             use_safetensors=None if source.gguf_file else True,
+            trust_remote_code=False,
             **_gguf(source),
             **options,
         )
@@ -163,6 +167,20 @@ def _refuse_pickles(source: ModelSource) -> None:
         )
 
 
+def weight_files(source: ModelSource) -> list[Path]:
+    """The files that hold the weights, downloaded when they are on the Hub; [] for a model that is made from a
+    config."""
+    if source.id is None:
+        return []
+    path = Path(local_path(source.id))
+    if not path.exists():
+        patterns = (
+            [source.gguf_file] if source.gguf_file else ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        )
+        path = Path(snapshot_download(source.id, revision=source.revision, allow_patterns=patterns))
+    return [path / source.gguf_file] if source.gguf_file else sorted(path.glob("*.safetensors"))
+
+
 def load_meta(source: ModelSource) -> PreTrainedModel:
     """The model on the meta device, from its config alone: shapes, no memory."""
     config = read_config(source)
@@ -181,9 +199,9 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     where = source.tokenizer or source.id
     if where is None:
         return None
-    own = source.tokenizer is not None
+    place = {} if source.tokenizer is not None else {"revision": source.revision or "main"} | _gguf(source)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        local_path(where), **({} if own else {"revision": source.revision or "main"} | _gguf(source))
+        local_path(where), trust_remote_code=False, **place
     )
     return tokenizer
 

@@ -38,7 +38,8 @@ class CompressionTrainer(Trainer):
         others: as `transformers.Trainer`.
 
     Raises:
-        CompressError: DeepSpeed, FSDP or label smoothing are asked for; whatever a technique finds wrong before
+        CompressError: two techniques of one kind; a model that is neither a causal LM nor a classifier; a second
+        train(); DeepSpeed, FSDP or label smoothing are asked for; whatever a technique finds wrong before
         training.
     """
 
@@ -59,10 +60,26 @@ class CompressionTrainer(Trainer):
                 where="TrainingArguments",
                 next_step="train on one device or with plain DDP (torchrun), without label smoothing",
             )
+        kinds = [type(t).__name__ for t in techniques]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if twice:
+            raise CompressError(
+                f"two techniques of one kind in one run: {', '.join(twice)}",
+                where="techniques",
+                next_step="give one of each kind",
+            )
         self.techniques, self.task_weight = sorted(techniques, key=lambda t: type(t).__name__), task_weight
         self._logged: dict[str, Tensor] = {}
         self._logged_steps = 0
         self._eval_logged: dict[str, list[Tensor]] = defaultdict(list)
+        student = type(base_of(model)).__name__
+        if techniques and not student.endswith(("ForCausalLM", "LMHeadModel", "ForSequenceClassification")):
+            raise CompressError(
+                f"where the labels of {student} stand is not known here",
+                where="CompressionTrainer",
+                next_step="techniques take causal language models and sequence classifiers",
+            )
+        self._trained = False
         for technique in self.techniques:
             technique.check()
         for technique in self.techniques:
@@ -123,7 +140,9 @@ class CompressionTrainer(Trainer):
         step = Step(base_of(model), inputs, outputs, shifted, num_items_in_batch)
         terms = {"task": self.task_weight * task}
         for technique in self.techniques:
-            terms |= technique.loss_terms(step)
+            more = technique.loss_terms(step)
+            assert not terms.keys() & more.keys(), f"two loss terms of one name: {terms.keys() & more.keys()}"
+            terms |= more
         factor = (
             self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         )  # DDP averages what is already divided by all
@@ -153,7 +172,14 @@ class CompressionTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self._trained and self.techniques:
+            raise CompressError(
+                "this trainer has finished: its techniques have let go of the model",
+                where="train()",
+                next_step="make a new CompressionTrainer",
+            )
         outcome = super().train(*args, **kwargs)
+        self._trained = True
         self.accelerator.unwrap_model(
             self.model, keep_fp32_wrapper=False
         )  # else its forward stays inside bf16 autocast for ever

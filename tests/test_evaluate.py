@@ -1,8 +1,12 @@
 """Intervals and speed-ups are paired; what is counted is what is there."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from hf_compress.backends import quantize
+from hf_compress.evaluation.artefacts import open_folder
 from hf_compress.evaluation.cost import paired_latency, parameter_counts, sparsity
 from hf_compress.evaluation.quality import paired_difference
 from hf_compress.weights import weights
@@ -43,6 +47,15 @@ def test_active_parameters_count_the_experts_a_token_meets() -> None:
     counts = parameter_counts(tiny("deepseek_v3"))
     experts = sum(w.shape[0] * w.shape[1] for w in weights(tiny("deepseek_v3"), ["expert"]))
     assert counts["parameters"] - counts["active_parameters"] == experts // 2
+
+
+@pytest.mark.parametrize(("name", "backend"), [("deepseek_v3", "compressed-tensors"), ("llama", "bitsandbytes")])
+def test_packed_models_have_the_parameters_they_had(name: str, backend: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    quantize(model, tmp_path / "out", backend=backend, bits=4, group_size=32 if name == "deepseek_v3" else None)
+    opened = open_folder("root", str(tmp_path / "out"), "causal-lm")
+    assert parameter_counts(opened.model) == parameter_counts(model)
+    assert opened.weights_bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
 
 
 def test_sparsity_counts_zeros() -> None:

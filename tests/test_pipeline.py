@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from hf_compress.pipeline import compress, measure_again
 from hf_compress.planning import plan
 from hf_compress.recipe import load, parse, shipped
 from hf_compress.stages import Train
+from hf_compress.stages.train import _last_whole_checkpoint
 from hf_compress.techniques.distillation import Distillation
 from tests.models import CONFIGS, tiny
 from tests.training import WORDS, save_reviews, save_tokenizer
@@ -178,6 +180,55 @@ def test_training_after_quantize_needs_and_takes_lora(decoder: dict[str, Any], t
     assert "Linear4bit" in str(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
 
+def test_lora_on_some_modules_covers_some(decoder: dict[str, Any], tmp_path: Path) -> None:
+    tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path / "model")
+    decoder["stages"] = [{"train": {"lora": {"r": 4, "target_modules": ["q_proj"]}, "args": dict(ARGS)}}]
+    facts = compress(parse(decoder), tmp_path / "out").facts
+    found = facts["stages"][0]["coverage"]
+    assert 0 < found["share"] < 0.2
+    assert "model.layers.0.self_attn.k_proj.weight" in found["skipped"]["not selected"]
+
+
+def test_a_recipe_can_be_run_twice_and_names_its_teacher(decoder: dict[str, Any], tmp_path: Path) -> None:
+    decoder["stages"], decoder["evaluate"] = decoder["stages"][1:2], None
+    recipe = parse(decoder)
+    for name in ("a", "b"):
+        facts = compress(recipe, tmp_path / name).facts
+        assert facts["stages"][0]["facts"]["techniques"]["Distillation"]["teacher"] == "dense"
+
+
+def test_a_checkpoint_that_was_being_written_is_not_resumed(decoder: dict[str, Any], tmp_path: Path) -> None:
+    whole, half = tmp_path / "checkpoint-9", tmp_path / "checkpoint-10"
+    for folder in (whole, half):
+        folder.mkdir()
+    (whole / "trainer_state.json").write_text("{}")
+    assert _last_whole_checkpoint(tmp_path) == str(whole)
+    assert _last_whole_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_streamed_source_is_never_loaded_nor_opened_where_it_does_not_fit(
+    decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the whole model was loaded")
+
+    monkeypatch.setattr("hf_compress.stages.base.load_model", load)
+    monkeypatch.setattr(pipeline, "load_model", load)
+    monkeypatch.setattr(pipeline.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    packed = {"backend": "compressed-tensors", "bits": 4, "group_size": 32, "streaming": True}
+    decoder["stages"] = [{"prune": {"sparsity": 0.5, "samples": 8, "streaming": True}}, {"quantize": packed}]
+    said: list[str] = []
+    facts = compress(parse(decoder), tmp_path / "out", say=said.append).facts
+    assert facts["evaluation"] is None
+    assert facts["verify"] is None
+    assert any("neither measured nor opened" in line for line in said)
+    assert "answers were not compared" in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.undo()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model(torch.arange(5)[None])
+    assert (model.model.layers[0].mlp.up_proj.weight == 0).float().mean() >= 0.5
+
+
 def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     node: Any = recipe
     *keys, last = [int(k) if k.isdigit() else k for k in path.split("/")]
@@ -207,6 +258,15 @@ def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("stages/1/train/prune/schedule", "qubic", "unknown schedule"),
         ("stages/1/train/qat", {"bits": 9}, "not between 2 and 8"),
         ("stages/1/train/args/save_strategy", "sometimes", r"refuses these: 'sometimes'|sometimes[\s\S]*args"),
+        ("stages/1/train/distill/teacher_model_init_kwargs", {"trust_remote_code": True}, "cannot be loaded with"),
+        ("stages/1/train/distill/teacher_model_init_kwargs", {"use_safetensors": False}, "cannot be loaded with"),
+        ("stages/1/train/args/hub_token", "hf_secret", "hub_token is not set here"),
+        ("stages/1/train/prune/sparsity", 0.2, r"2:4 keeps 2 of 4, which is a sparsity of 0.5, not 0.2"),
+        ("stages/0/prune/pattern", "1:4", "a sparsity of 0.75, not 0.5"),
+        ("stages/0", {"export": {}}, "put export last"),
+        ("stages", {"prune": {"sparsity": 0.9}}, "begins with a dash"),
+        ("stages", [None], "begins with a dash"),
+        ("stages/2/quantize/bits", 3, r"4 or 8 bits, not 3[\s\S]*stages\[2\].quantize.bits"),
         ("stages/2/quantize/method", "gptqq", "no solver 'gptqq'"),
         ("stages/2/quantize", {"backend": "bitsandbytes", "streaming": True}, "grids of its own"),
         ("stages/2/quantize/backend", "bitsandbites", r"unknown backend[\s\S]*did you mean 'bitsandbytes'"),
@@ -241,7 +301,7 @@ def test_yaml_words_reach_training_arguments(decoder: dict[str, Any]) -> None:
         ("data/split", "tests", r"no split 'tests'"),
         ("data/id", "nowhere.csv", "cannot read the data"),
         ("model/id", "package://no_such_package/model", "is not installed"),
-        ("stages/0/prune/pattern", "2:48", r"does not divide 64[\s\S]*model.layers.0"),
+        ("stages/0/prune/pattern", "24:48", r"does not divide 64[\s\S]*model.layers.0"),
     ],
 )
 def test_mistakes_that_need_the_data_leave_no_output(

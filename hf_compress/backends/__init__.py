@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,10 @@ class Written:
 Backend = Callable[..., Written]
 """``backend(model, tokenizer, folder, *, bits, group_size, **options) -> Written``.
 
-Traits, shown by `plan` and the card: disk, memory, speed, experts, serves, needs (sentences), and ``stores(weight, *,
-bits, group_size)``: bytes on disk as a float, or the reason (str) why this weight stays as it is.
+Traits, shown by `plan` and the card: disk, memory, speed, experts, serves, needs (sentences). Functions:
+``check(*, bits, group_size, **options)`` raises for what the container does not have, before any model is read;
+``stores(weight, *, bits, group_size)``: bytes on disk as a float, or the reason (str) why this weight stays as it is;
+``packing(model, *, bits, group_size, **options)``, where weights can be packed one by one: an `oneshot.Container`.
 """
 
 backends: Registry[Backend] = Registry("backend", __name__)
@@ -55,4 +58,13 @@ def quantize(
     folder = Path(folder)
     if folder.exists():
         raise CompressError("the output folder exists", where=str(folder), next_step="choose another")
-    return backends[backend](model, tokenizer, folder, bits=bits, group_size=group_size, **options)
+    entry, part = backends.entry(backend), folder.with_name(folder.name + ".part")
+    entry.traits["check"](bits=bits, group_size=group_size, **options)
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        written = entry.value(model, tokenizer, part, bits=bits, group_size=group_size, **options)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return written

@@ -31,6 +31,20 @@ def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float
     return out * width + 4 * out if bits == 8 else out * width / 2 + 4 * out * width / BLOCK
 
 
+def check(*, bits: int, group_size: int | None = None, quant_type: str = "nf4", **options: Any) -> None:
+    """Raise a CompressError for what this container does not have, whatever the model."""
+    if bits not in (4, 8):
+        raise CompressError(f"bitsandbytes stores 4 or 8 bits, not {bits}", where="bits")
+    if group_size not in (None, BLOCK):
+        raise CompressError(
+            f"bitsandbytes has its own blocks, not groups of {group_size}",
+            where="group_size",
+            next_step="leave group_size out",
+        )
+    if quant_type not in ("nf4", "fp4"):
+        raise CompressError(f"unknown 4-bit grid {quant_type!r}", where="options.quant_type", next_step="nf4 or fp4")
+
+
 @backends.register(
     "bitsandbytes",
     summary="int8 and nf4/fp4 for dense models, small on disk and in memory",
@@ -41,6 +55,7 @@ def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float
     experts="no",
     serves="transformers, vLLM, TGI",
     needs="bitsandbytes",
+    check=check,
     stores=stores,
 )
 def bitsandbytes(
@@ -62,14 +77,7 @@ def bitsandbytes(
     Raises:
         CompressError: bits or group size bitsandbytes does not have.
     """
-    if bits not in (4, 8):
-        raise CompressError(f"bitsandbytes stores 4 or 8 bits, not {bits}", where="quantize.bits")
-    if group_size not in (None, BLOCK):
-        raise CompressError(
-            f"bitsandbytes has its own blocks, not groups of {group_size}",
-            where="quantize.group_size",
-            next_step="leave group_size out",
-        )
+    check(bits=bits, group_size=group_size, quant_type=quant_type)
     reasons = {w.name: str(reason) for w in weights(model) if isinstance(reason := stores(w, bits=bits), str)}
     keep = sorted({w.module_name for w in weights(model) if w.name in reasons and w.kind != "expert"} | _heads(model))
     options: dict[str, Any] = (

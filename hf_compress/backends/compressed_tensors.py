@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.backends import Written, backends
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
-from hf_compress.fake_quant import Grid, codes, scales
+from hf_compress.fake_quant import Grid, codes, from_codes, scales
 from hf_compress.families import family_of
 from hf_compress.weights import Weight, weights
 
@@ -31,6 +31,18 @@ def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float
         return f"{group_size} does not divide its {width} inputs"
     per_word = 32 // bits
     return 4.0 * out * -(-width // per_word) + out * (width // (group_size or width)) * weight.whole.element_size()
+
+
+def check(*, bits: int, group_size: int | None = None, activations: int | None = None) -> None:
+    """Raise a CompressError for what this container does not have, whatever the model."""
+    if bits not in (4, 8):
+        raise CompressError(f"this container stores 4 or 8 bits, not {bits}", where="bits")
+    if activations is not None and (activations, bits, group_size) != (8, 8, None):
+        raise CompressError(
+            f"activations in {activations} bits need 8, with 8-bit weights and no group size",
+            where="options.activations",
+            next_step="bits: 8 and options: {activations: 8}, or leave activations as they are",
+        )
 
 
 class Packing:
@@ -48,19 +60,12 @@ class Packing:
         self, model: PreTrainedModel, *, bits: int, group_size: int | None = None, activations: int | None = None
     ) -> None:
         experts, found = family_of(model.config).experts, weights(model)
-        if bits not in (4, 8):
-            raise CompressError(f"this container stores 4 or 8 bits, not {bits}", where="quantize.bits")
+        check(bits=bits, group_size=group_size, activations=activations)
         if any(w.transposed for w in found):
             raise CompressError(
                 "compressed-tensors packs nn.Linear, and this model's matrices are Conv1D",
                 where=type(model).__name__,
                 next_step="use bitsandbytes",
-            )
-        if activations is not None and (activations, bits, group_size) != (8, 8, None):
-            raise CompressError(
-                f"activations in {activations} bits need 8, with 8-bit weights and no group size",
-                where="quantize.options.activations",
-                next_step="bits: 8 and options: {activations: 8}, or leave activations as they are",
             )
         if activations is not None and experts is not None:
             raise CompressError(
@@ -90,15 +95,26 @@ class Packing:
 
         if key.removesuffix(".weight") not in self._modules and not (self._experts and self._experts.search(key)):
             return {key: tensor}
-        scale = scales(tensor, self.grid)
+        try:
+            scale = scales(tensor, self.grid)
+        except CompressError as error:
+            raise CompressError(error.what, where=key, next_step=error.next_step) from error
         rounded = codes(tensor, scale, self.grid)
+        stored = {f"{key}_scale": scale.contiguous()}
         if self.activations is not None:
-            return {key: rounded, f"{key}_scale": scale.contiguous()}
-        return {
-            f"{key}_packed": pack_to_int32(rounded, self.grid.bits),
-            f"{key}_scale": scale.contiguous(),
-            f"{key}_shape": torch.tensor(tensor.shape),
-        }
+            stored[key] = rounded
+        else:
+            stored[f"{key}_packed"] = pack_to_int32(rounded, self.grid.bits)
+            stored[f"{key}_shape"] = torch.tensor(tensor.shape)
+        back = self.decode(key, stored.__getitem__)  # what a reader will see, compared while the truth is at hand
+        steps = self.grid.groups((back.float() - tensor.float()).abs()) / scale.float()[..., None]
+        if steps.max() > (0.501 if tensor.dtype == torch.float32 else 0.85):  # 16 bits round scale and product too
+            raise CompressError(
+                f"the packed weight is off by {float(steps.max()):.2f} steps, more than rounding explains",
+                where=key,
+                next_step="report the versions of torch and compressed-tensors",
+            )
+        return stored
 
     def decode(self, key: str, stored: Callable[[str], Tensor]) -> Tensor:
         """codes * scales, (out, in) in the dtype of the scales.
@@ -114,8 +130,7 @@ class Packing:
         else:
             shape = torch.Size(stored(f"{key}_shape").tolist())
             rounded = unpack_from_int32(stored(f"{key}_packed"), self.grid.bits, shape)
-        grouped: Tensor = rounded.to(scale.dtype).unflatten(1, (scale.shape[1], -1))
-        return (grouped * scale[..., None]).flatten(1)
+        return from_codes(rounded, scale)
 
     def _describe(self, ignored: list[str]) -> dict[str, Any]:
         size = self.grid.group_size
@@ -149,6 +164,7 @@ def _numbers(bits: int, *, dynamic: bool) -> dict[str, Any]:
     serves="transformers, vLLM",
     needs="compressed-tensors",
     stores=stores,
+    check=check,
     packing=Packing,
 )
 def compressed_tensors(

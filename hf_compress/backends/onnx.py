@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -66,16 +67,14 @@ def export_onnx(
         )
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = copy.deepcopy(model).float().cpu()  # the caller keeps its dtype and device
     target = folder / "onnx"
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         exported = Path(scratch) / "model.onnx"
-        attention = model.config._attn_implementation
-        model.set_attn_implementation(attention if plain else "eager")
-        try:
-            _export(model, exported)
-        finally:
-            model.set_attn_implementation(attention)
+        if not plain:
+            model.set_attn_implementation("eager")
+        _export(model, exported)
         if not plain:
             _unfusable(exported)
         fp32_error = max(_difference(model, exported, shape) for shape in ((1, 7), (3, 21)))
@@ -105,7 +104,7 @@ def _export(model: PreTrainedModel, path: Path) -> None:
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     ids, mask = _probe(model, (2, 16))
     program = torch.onnx.export(
-        _Logits(model.eval()).float(),
+        _Logits(model.eval()),
         (ids, mask),
         dynamo=True,
         input_names=["input_ids", "attention_mask"],

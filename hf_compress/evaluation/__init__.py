@@ -71,8 +71,15 @@ def evaluate(
     task = task or task_of(ModelSource(id=str(folder)), AutoConfig.from_pretrained(folder))
     if data is None and "quality" in spec.metrics:
         raise CompressError("measuring quality needs data", where="evaluate", next_step="give data, or other metrics")
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(spec.threads or threads)
+    try:
+        return _measure(folder, dense, spec, data, task, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(folder: Path, dense: str, spec: Evaluate, data: Data | None, task: str, seed: int) -> dict[str, Any]:
     artefacts = [open_folder("dense", dense, task), open_folder("root", str(folder), task)]
     files = sorted((folder / "onnx").glob("*.onnx"))
     artefacts += [open_onnx("onnx", files[0])] if files else []
@@ -98,14 +105,19 @@ def evaluate(
             each[artefact.name]["bytes"] = artefact.weights_bytes
         if artefact.model is not None and "size" in spec.metrics:
             each[artefact.name] |= parameter_counts(artefact.model)
-        if artefact.model is not None and "sparsity" in spec.metrics:
-            each[artefact.name]["sparsity"] = sparsity(artefact.model)
     if "quality" in spec.metrics and data is not None:
         prepared = prepare(data, AutoTokenizer.from_pretrained(folder), task=task)
         for name, found in quality(
             artefacts, prepared, task, spec.max_examples, with_kl="kl" in spec.metrics, seed=seed
         ).items():
             each[name] |= found
+    if "sparsity" in spec.metrics:
+        for artefact in artefacts:
+            if artefact.model is not None:
+                artefact.predict(
+                    {"input_ids": torch.full((1, 4), 7), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+                )
+                each[artefact.name]["sparsity"] = sparsity(artefact.model)
     if "latency" in spec.metrics:
         made = torch.Generator().manual_seed(seed)
         for size in spec.batch_sizes:

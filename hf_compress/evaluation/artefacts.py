@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.bnb_guard import disable_cpu_packing
-from hf_compress.source import TASKS
+from hf_compress.source import TASKS, ModelSource, weight_files
 
 Predict = Callable[[dict[str, Tensor]], Tensor]
 
@@ -47,7 +47,7 @@ def open_folder(name: str, folder: str, task: str) -> Artefact:
     return Artefact(
         name,
         predict,
-        sum(p.stat().st_size for p in Path(folder).glob("*.safetensors")),
+        sum(p.stat().st_size for p in weight_files(ModelSource(id=folder))),
         model,
     )
 

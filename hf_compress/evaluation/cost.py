@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import statistics
@@ -67,12 +68,11 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
     """parameters, and active_parameters: those one token passes through (of routed experts, num_experts_per_tok)."""
-    experts = family_of(model.config).experts
-    total = idle = 0
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            packed = type(module).__name__ == "Linear4bit" and not parameter.is_floating_point()
-            total += int(module.in_features) * int(module.out_features) if packed else parameter.numel()
+    experts, config = family_of(model.config).experts, copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):  # as the config says, since packed weights have other shapes
+        model = type(model)(config)
+    total, idle = sum(p.numel() for p in model.parameters()), 0
     if experts is not None:
         active, count = getattr(model.config, experts.active), getattr(model.config, experts.count)
         idle = round(sum(w.shape[0] * w.shape[1] for w in weights(model, ["expert"])) * (1 - active / count))
@@ -80,7 +80,8 @@ def parameter_counts(model: PreTrainedModel) -> dict[str, int]:
 
 
 def sparsity(model: PreTrainedModel) -> float | None:
-    """Share of exact zeros in the block matrices; None when they are packed."""
+    """Share of exact zeros in the block matrices; None when they stay packed. (compressed-tensors unpacks at the first
+    forward.)"""
     found = weights(model)
     if any(not w.whole.is_floating_point() for w in found):
         return None

@@ -25,7 +25,6 @@ class Experts:
     router: tuple[str, ...] = ("mlp.gate",)
     shared: str = ""  # the shared experts' MLP, or "" where there is none
     count: str = "num_experts"  # config fields
-    width: str = "moe_intermediate_size"
     active: str = "num_experts_per_tok"
 
 

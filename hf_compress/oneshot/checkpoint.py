@@ -57,7 +57,9 @@ def compress_checkpoint(
         raise CompressError("the target folder exists", where=str(target), next_step="choose another")
     part = target.with_name(target.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
-    stamp = fingerprint(plain_config(source), solver, batches)
+    packed = container.quantization_config if container is not None else None
+    facts = [str(source.resolve()), plain_config(source).to_dict(), solver.options, packed]
+    stamp = fingerprint(facts, [batch["input_ids"] for batch in batches])
     marker = part / "fingerprint.txt"
     if marker.exists() and marker.read_text() != stamp:
         raise CompressError(

@@ -72,7 +72,7 @@ def run_blocks(model: PreTrainedModel, batches: list[Batch], solver: Solver, sto
     model.eval()
     first_done = store.load(0)
     calls = [_first_call(model, blocks[0], batch) for batch in batches]
-    keeps = [batch["attention_mask"].flatten().bool() for batch in batches]
+    keeps = [batch["attention_mask"].flatten().bool().to(model.device) for batch in batches]
     report = OneshotReport()
     for index, block in enumerate(tqdm(blocks, desc="blocks", unit="block")):
         done = store.load(index) if index else first_done
@@ -130,7 +130,8 @@ def _first_call(model: PreTrainedModel, block: nn.Module, batch: Batch) -> _Call
 
     hook = block.register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        model(**batch, **({"use_cache": False} if model.can_generate() else {}))
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        model(**inputs, **({"use_cache": False} if model.can_generate() else {}))
     except _Reached:
         pass
     finally:

@@ -9,13 +9,14 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.calibration import Batch
 from hf_compress.errors import CompressError
 from hf_compress.oneshot.engine import OneshotReport, run_blocks
 from hf_compress.oneshot.solvers import Solver, solvers
-from hf_compress.weights import blocks_of
+from hf_compress.weights import blocks_of, weights
 
 
 def compress_blocks(
@@ -27,7 +28,9 @@ def compress_blocks(
     Raises:
         CompressError: what the solver and `run_blocks` find wrong; blocks in `resume_dir` of another run.
     """
-    return run_blocks(model, batches, solver, InMemory(model, resume_dir, fingerprint(model.config, solver, batches)))
+    values = [w.whole.flatten()[:64].float().cpu() for w in weights(model)] if resume_dir is not None else []
+    stamp = fingerprint([model.config.to_dict(), solver.options], [*values, *(b["input_ids"] for b in batches)])
+    return run_blocks(model, batches, solver, InMemory(model, resume_dir, stamp))
 
 
 def prune(
@@ -52,12 +55,11 @@ def prune(
     return compress_blocks(model, batches, solver, resume_dir=resume_dir)
 
 
-def fingerprint(config: Any, solver: Solver, batches: list[Batch]) -> str:
-    """Of model shape, solver and calibration tokens: finished blocks of another run must not be taken for this
-    one's."""
-    digest = hashlib.sha256(json.dumps([config.to_dict(), solver.options], default=str, sort_keys=True).encode())
-    for batch in batches:
-        digest.update(batch["input_ids"].numpy().tobytes())
+def fingerprint(facts: list[Any], tensors: list[Tensor]) -> str:
+    """Of model, solver and calibration tokens: finished blocks of another run must not be taken for this one's."""
+    digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -80,6 +80,16 @@ class Done:
     quantized: str = ""
 
 
+def refuse_after_export(work_kinds: list[str], *, where: str) -> None:
+    """Raise a CompressError when a copy for another runtime was written before: it would be of another model."""
+    if "export" in work_kinds:
+        raise CompressError(
+            "the exported copy was written before this stage and would be of another model",
+            where=where,
+            next_step="put export last, or just before quantize",
+        )
+
+
 class Stage:
     """Base of the stage dataclasses; their fields are the recipe's keys."""
 

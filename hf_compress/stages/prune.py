@@ -13,8 +13,8 @@ from hf_compress.coverage import coverage
 from hf_compress.criteria import criteria
 from hf_compress.errors import CompressError
 from hf_compress.oneshot import compress_blocks, compress_checkpoint, solvers
-from hf_compress.patterns import parse_pattern
-from hf_compress.stages.base import Done, Stage, Work
+from hf_compress.patterns import check_target
+from hf_compress.stages.base import Done, Stage, Work, refuse_after_export
 
 
 @dataclass
@@ -35,13 +35,12 @@ class Prune(Stage):
     def check(self, work_kinds: list[str], *, where: str) -> None:
         try:
             criteria.entry(self.criterion)
-            parse_pattern(self.pattern)
+            check_target(self.sparsity, self.pattern)
         except CompressError as error:
             raise CompressError(
                 error.what, where=f"{where}: {error.where}".rstrip(": "), next_step=error.next_step
             ) from error
-        if not 0 < self.sparsity < 1:
-            raise CompressError(f"sparsity {self.sparsity} is not between 0 and 1", where=f"{where}.sparsity")
+        refuse_after_export(work_kinds, where=where)
         if "quantize" in work_kinds:
             raise CompressError("packed weights cannot be pruned", where=where, next_step="put prune before quantize")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_compress.backends import backends
+from hf_compress.backends import backends, quantize
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.oneshot import compress_blocks, compress_checkpoint, empty_model, solvers
 from hf_compress.stages.base import Done, Stage, Work
@@ -57,6 +58,10 @@ class Quantize(Stage):
                     where=f"{where}.options",
                     next_step=did_you_mean(option, known),
                 )
+        try:
+            backends.entry(self.backend).traits["check"](bits=self.bits, group_size=self.group_size, **self.options)
+        except CompressError as error:
+            raise CompressError(error.what, where=f"{where}.{error.where}", next_step=error.next_step) from error
         packs = "packing" in backends.entry(self.backend).traits
         if (self.method is not None or self.streaming) and not packs:
             raise CompressError(
@@ -77,6 +82,8 @@ class Quantize(Stage):
 
     def run(self, work: Work) -> Done:
         saved = work.folder / "quantized"
+        if not self.streaming:
+            shutil.rmtree(saved, ignore_errors=True)  # of a run that stopped between writing it and taking it over
         where = f"quantize ({self.backend}, {self.bits} bits)"
         rounding = solvers[self.method or "rtn"](bits=self.bits, group_size=self.group_size)
         if self.streaming:
@@ -91,8 +98,14 @@ class Quantize(Stage):
         if self.method is not None:
             batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []
             compress_blocks(work.model, batches, rounding, resume_dir=work.folder / "blocks")
-        written = backends[self.backend](
-            work.model, work.tokenizer, saved, bits=self.bits, group_size=self.group_size, **self.options
+        written = quantize(
+            work.model,
+            saved,
+            backend=self.backend,
+            bits=self.bits,
+            group_size=self.group_size,
+            tokenizer=work.tokenizer,
+            **self.options,
         )
         written.coverage.require(self.min_coverage, where=where)
         return Done(written.model, {"notes": written.notes}, written.coverage, saved, quantized=self.backend)

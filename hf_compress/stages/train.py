@@ -6,18 +6,18 @@ import dataclasses
 import re
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_compress.coverage import coverage
 from hf_compress.data import Data, Rows, prepare
 from hf_compress.errors import CompressError, did_you_mean
-from hf_compress.stages.base import Done, Stage, Work
+from hf_compress.stages.base import Done, Stage, Work, refuse_after_export
 from hf_compress.techniques import Technique
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
@@ -29,6 +29,8 @@ _ARGUMENTS = {f.name for f in dataclasses.fields(TrainingArguments)}
 _OURS = {
     "output_dir": "the run's folder is chosen by --output",
     "seed": "set the recipe's own `seed`",
+    "hub_token": "recipes are published with the result; log in with `hf auth login`",
+    "push_to_hub_token": "recipes are published with the result; log in with `hf auth login`",
     "push_to_hub": "the finished folder is published, not a training checkpoint",
 }
 
@@ -56,6 +58,7 @@ class Train(Stage):
     args: dict[str, Any] = field(default_factory=dict, metadata={"help": "any TrainingArguments field"})
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
+        refuse_after_export(work_kinds, where=where)
         for key, value in self.args.items():
             if key in _OURS:
                 raise CompressError(f"{key} is not set here: {_OURS[key]}", where=f"{where}.args.{key}")
@@ -97,13 +100,12 @@ class Train(Stage):
         model = work.model
         frozen = self._freeze(model)
         student: torch.nn.Module = self._with_lora(model, work) if self.lora is not None else model
-        if self.distill is not None and isinstance(self.distill.teacher_model, str):
-            self.distill.teacher_model = work.stages.get(self.distill.teacher_model, self.distill.teacher_model)
+        techniques = [self._resolved(technique, work) for technique in self.techniques]
         arguments = self._arguments(str(work.folder / "trainer"), work.seed)
         stop = _StopAfterSaving()
         trainer = CompressionTrainer(
             student,
-            techniques=self.techniques,
+            techniques=techniques,
             task_weight=self.task_weight,
             args=arguments,
             train_dataset=self._rows(work),
@@ -113,26 +115,41 @@ class Train(Stage):
             callbacks=[stop],
         )
         with stop:
-            outcome = trainer.train(
-                resume_from_checkpoint=get_last_checkpoint(arguments.output_dir)
-                if (work.folder / "trainer").exists()
-                else None
-            )
+            outcome = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work.folder / "trainer"))
         facts = {
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
             "seconds": outcome.metrics["train_runtime"],
             "log": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
             "frozen": frozen,
-            "techniques": {type(t).__name__: t.facts() for t in self.techniques},
+            "techniques": {type(t).__name__: t.facts() for t in techniques},
         }
+        if self.distill is not None and isinstance(self.distill.teacher_model, str):
+            facts["techniques"]["Distillation"]["teacher"] = (
+                self.distill.teacher_model
+            )  # its name, not a scratch folder
+        adapted = {name.split(".lora_A")[0] for name, _ in student.named_modules() if ".lora_A" in name}
         if self.lora is not None:
             model = student.merge_and_unload()  # type: ignore[operator]
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
-        trained = [w.name for w in weights(model, KINDS) if not any(re.search(p, w.name) for p in self.freeze)]
+        trained = [
+            w.name
+            for w in weights(model, KINDS)
+            if not any(re.search(p, w.name) for p in self.freeze)
+            and (self.lora is None or any(name.endswith(w.module_name) for name in adapted))
+        ]
         return Done(model.eval(), facts, coverage(model, trained), quantized=work.quantized)
+
+    @staticmethod
+    def _resolved(technique: Technique, work: Work) -> Technique:
+        """A copy, its teacher's name in the recipe (``dense``, a stage) replaced by the folder it stands for."""
+        if isinstance(technique, Distillation) and isinstance(technique.teacher_model, str):
+            return dataclasses.replace(
+                technique, teacher_model=work.stages.get(technique.teacher_model, technique.teacher_model)
+            )
+        return dataclasses.replace(technique)
 
     def _arguments(self, folder: str, seed: int) -> TrainingArguments:
         defaults: dict[str, Any] = {
@@ -185,6 +202,13 @@ class Train(Stage):
             model, LoraConfig(**({"task_type": kind, "target_modules": "all-linear"} | (self.lora or {})))
         )
         return adapted
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that holds trainer_state.json, which is written last: a run killed while it saved leaves
+    one without."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 class _StopAfterSaving(TrainerCallback):

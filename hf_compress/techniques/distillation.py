@@ -21,6 +21,8 @@ from hf_compress.weights import base_of, blocks_of
 if TYPE_CHECKING:
     from hf_compress.trainer import CompressionTrainer
 
+# what a recipe may say of how a teacher is loaded: nothing that runs code or reads pickles, no tokens
+TEACHER_OPTIONS = ("attn_implementation", "device_map", "dtype", "experts_implementation", "revision", "subfolder")
 CHUNK = 256  # positions whose probabilities exist at once
 
 
@@ -65,6 +67,13 @@ class Distillation(Technique):
                 where="distill.loss",
                 next_step="hidden states are weighted by hidden_weight",
             )
+        for key in self.teacher_model_init_kwargs:
+            if key not in TEACHER_OPTIONS:
+                raise CompressError(
+                    f"the teacher cannot be loaded with {key!r}",
+                    where="distill.teacher_model_init_kwargs",
+                    next_step="allowed: " + ", ".join(TEACHER_OPTIONS),
+                )
         if not self.temperature > 0:
             raise CompressError(f"temperature {self.temperature} is not positive", where="distill.temperature")
 
@@ -103,7 +112,7 @@ class Distillation(Technique):
                 else AutoModelForCausalLM
             )
             teacher: nn.Module = auto.from_pretrained(
-                self.teacher_model, **({"use_safetensors": True} | self.teacher_model_init_kwargs)
+                self.teacher_model, **self.teacher_model_init_kwargs, use_safetensors=True, trust_remote_code=False
             )
             disable_cpu_packing(teacher)
         else:
@@ -166,12 +175,6 @@ class Distillation(Technique):
             if self.teacher_model == "base":
                 self.teacher.train(training)
         student, teacher = step.outputs.logits, taught.logits
-        if not torch.isfinite(teacher).all():
-            raise CompressError(
-                "the teacher's logits are not finite",
-                where="distillation",
-                next_step="check the teacher's dtype and inputs",
-            )
         common = min(student.shape[-1], teacher.shape[-1])  # vocabularies may be padded to different sizes
         rows = (
             (step.labels.flatten() != -100).nonzero().squeeze(-1)
@@ -196,7 +199,7 @@ class Distillation(Technique):
         total = torch.zeros((), device=step.outputs.logits.device)
         for index, block in enumerate(self._map):
             ours, theirs = step.outputs.hidden_states[index + 1], taught.hidden_states[block + 1]
-            ours = self._projections[index](ours) if len(self._projections) else ours
+            ours = self._projections[index](ours.float()) if len(self._projections) else ours
             each = losses["hidden_mse"](ours.flatten(0, 1), theirs.flatten(0, 1))
             if classifier:
                 each = each.view(theirs.shape[:2])
@@ -247,6 +250,12 @@ class _Chunked(torch.autograd.Function):
                 value = loss(logits, teacher[part]).sum()
             if gradient is not None:
                 gradient[part] = torch.autograd.grad(value, logits)[0]
+            if not torch.isfinite(value) and not torch.isfinite(teacher[part]).all():
+                raise CompressError(
+                    "the teacher's logits are not finite",
+                    where="distillation",
+                    next_step="check the teacher's dtype and inputs",
+                )
             total += value.detach()
         ctx.save_for_backward(gradient)
         return total

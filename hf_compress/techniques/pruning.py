@@ -14,7 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.criteria import Statistics, criteria
 from hf_compress.errors import CompressError
-from hf_compress.patterns import mask_of, parse_pattern
+from hf_compress.patterns import check_target, mask_of
 from hf_compress.techniques.base import Technique
 from hf_compress.weights import weights
 
@@ -53,7 +53,7 @@ class Pruning(Technique):
     skip: list[str] = field(default_factory=list, metadata={"help": "regular expressions of weights to leave dense"})
 
     def check(self) -> None:
-        parse_pattern(self.pattern)
+        check_target(self.sparsity, self.pattern)
         entry = criteria.entry(self.criterion)
         if entry.traits["needs"]:
             raise CompressError(
@@ -65,10 +65,8 @@ class Pruning(Technique):
             raise CompressError(
                 f"unknown schedule {self.schedule!r}", where="prune.schedule", next_step="cubic, linear or constant"
             )
-        if not (0 < self.sparsity < 1 and 0 <= self.begin <= self.end <= 1 and self.every > 0):
-            raise CompressError(
-                "sparsity must be between 0 and 1, begin <= end within 0 and 1, every positive", where="prune"
-            )
+        if not (0 <= self.begin <= self.end <= 1 and self.begin < 1 and self.every > 0):
+            raise CompressError("0 <= begin <= end <= 1, begin below 1 and every above 0", where="prune")
 
     def attach(self, model: nn.Module) -> None:
         if hasattr(model, "peft_config"):
@@ -101,8 +99,9 @@ class Pruning(Technique):
         sparsity = scheduled_sparsity(
             progress, schedule=self.schedule, initial=self.initial_sparsity, final=self.sparsity
         )
+        score, group = criteria[self.criterion], criteria.entry(self.criterion).traits["group"]
         self._masks = {
-            w.name: mask_of(criteria[self.criterion](w.matrix, Statistics()), sparsity=sparsity, pattern=self.pattern)
+            w.name: mask_of(score(w.matrix, Statistics()), sparsity=sparsity, pattern=self.pattern, group=group)
             for w in self._weights
         }
         self._apply(kwargs.get("optimizer"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_compress.backends import backends
+from hf_compress.backends import backends, quantize
 from hf_compress.backends.onnx import export_onnx
 from hf_compress.errors import CompressError
 from hf_compress.fake_quant import Grid, fake_quantize, scales
@@ -128,6 +128,24 @@ def test_the_container_stores_what_qat_simulated(tmp_path: Path) -> None:
             weight.matrix.copy_(fake_quantize(weight.matrix, scales(weight.matrix, grid), grid))
         written = backends["compressed-tensors"](model, None, tmp_path / "out", bits=4, group_size=32)
         torch.testing.assert_close(written.model(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_that_are_not_finite_are_named_and_nothing_is_left(tmp_path: Path) -> None:
+    model = tiny("llama")
+    weights(model)[3].matrix[0, 0] = torch.nan
+    with pytest.raises(CompressError, match=weights(model)[3].name):
+        quantize(model, tmp_path / "out", backend="compressed-tensors", bits=4, group_size=32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_that_do_not_come_back_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from compressed_tensors.compressors.pack_quantized import helpers
+
+    pack = helpers.pack_to_int32
+    monkeypatch.setattr(helpers, "pack_to_int32", lambda codes, bits: pack(codes.flip(1), bits))
+    with pytest.raises(CompressError, match="more than rounding explains"):
+        quantize(tiny("llama"), tmp_path / "out", backend="compressed-tensors", bits=4, group_size=32)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_onnx_file_agrees_and_other_families_are_refused(tmp_path: Path) -> None:

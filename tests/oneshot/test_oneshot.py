@@ -147,6 +147,8 @@ def test_killed_at_a_block_and_resumed_equals_uninterrupted(tmp_path: Path, monk
     )
     with pytest.raises(CompressError, match="another run"):
         prune(tiny("deepseek_v3"), batches(), sparsity=0.6, resume_dir=tmp_path)
+    with pytest.raises(CompressError, match="another run"):
+        prune(tiny("deepseek_v3", seed=5), batches(), sparsity=0.5, resume_dir=tmp_path)
 
 
 def test_starved_experts_are_named_and_fall_back_to_their_layer() -> None:
@@ -224,20 +226,22 @@ def test_fp8_sources_are_dequantized_and_truncated_shards_named(tmp_path: Path) 
         compress_checkpoint(tmp_path / "source", tmp_path / "other", batches(), by_criterion())
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
-def test_round_to_nearest_is_on_the_grid_and_keeps_zeros(name: str, dtype: torch.dtype) -> None:
-    model, grid = tiny(name).to(dtype), Grid(4, 32)
+def test_round_to_nearest_is_on_the_grid_and_keeps_zeros(name: str, dtype: torch.dtype, bits: int) -> None:
+    model, grid = tiny(name).to(dtype), Grid(bits, 32)
     prune(model, [], criterion="magnitude", sparsity=0.5)
     before = {w.name: w.matrix.clone() for w in weights(model)}
-    compress_blocks(model, [], solvers["rtn"](bits=4, group_size=32))
+    compress_blocks(model, [], solvers["rtn"](bits=bits, group_size=32))
     for weight in weights(model):
         old, new = before[weight.name], weight.matrix
         scale = scales(old, grid)
         assert not torch.equal(new, old)
         assert (new[old == 0] == 0).all()
-        slack = 0.5 if dtype == torch.float32 else 0.56  # bfloat16 rounds code * scale once more
-        assert ((grid.groups(new) - grid.groups(old)).abs() <= slack * scale[..., None] + 1e-7).all(), weight.name
+        slack = 0.5 if dtype == torch.float32 else 0.85  # bfloat16 rounds the scale, and code * scale
+        off = grid.groups(new.float() - old.float()).abs() / scale[..., None].float()
+        assert off.max() <= slack + 1e-4, weight.name
         assert torch.equal(scales(new, grid), scale)  # so a container finds the same grid
         assert torch.equal(fake_quantize(new, scale, grid), new)
 

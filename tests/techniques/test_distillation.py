@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import BertForTokenClassification, HfArgumentParser, TrainingArguments
 
 from hf_compress.errors import CompressError
 from hf_compress.losses import losses
@@ -87,6 +87,26 @@ def test_teacher_with_nan_is_named(tmp_path: Path) -> None:
     teacher.lm_head.weight.data[0] = torch.nan
     with pytest.raises(CompressError, match="teacher's logits"):
         trainer(tiny("llama"), tmp_path, [Distillation(teacher)]).train()
+
+
+def test_one_technique_of_a_kind_one_run_a_trainer_and_known_heads(tmp_path: Path) -> None:
+    teacher = tiny("llama", seed=1)
+    with pytest.raises(CompressError, match="two techniques of one kind"):
+        trainer(tiny("llama"), tmp_path, [Distillation(teacher), Distillation(teacher)])
+    config = tiny("bert").config
+    with pytest.raises(CompressError, match="BertForTokenClassification"):
+        trainer(BertForTokenClassification(config), tmp_path, [Distillation(BertForTokenClassification(config))])
+    run = trainer(tiny("llama"), tmp_path, [Distillation(teacher)])
+    run.train()
+    with pytest.raises(CompressError, match="has finished"):
+        run.train()
+
+
+def test_projections_serve_a_student_in_bfloat16(tmp_path: Path) -> None:
+    student, teacher = tiny("llama").to(torch.bfloat16), tiny("llama", hidden_size=128)
+    run = trainer(student, tmp_path, [Distillation(teacher, hidden_weight=1.0)])
+    run.train()
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
 
 def test_lora_student_learns_from_its_own_base(tmp_path: Path) -> None:

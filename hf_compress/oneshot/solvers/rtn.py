@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hf_compress.criteria import Statistics
@@ -25,10 +24,6 @@ def rtn(*, bits: int, group_size: int | None = None) -> Solver:
 
     def solve(weight: Weight, statistics: Statistics) -> Tensor:
         matrix = weight.matrix
-        if not torch.isfinite(matrix).all():
-            raise CompressError(
-                "weights are not finite", where=weight.name, next_step="check the checkpoint or the training before"
-            )
         try:
             return fake_quantize(matrix, scales(matrix, grid), grid)
         except CompressError as error:
