@@ -15,7 +15,7 @@ from hf_compress.weights import Weight
 def rtn(*, bits: int, group_size: int | None = None) -> Solver:
     """w -> s round(w / s), s = max |w| of the group / (2^(bits-1) - 1): (out, in), |w - q| <= s / 2, zeros stay zero.
 
-    The result lies on the grid whose scale a container finds again by the same formula, so packing changes nothing.
+    The result lies on the grid whose scale a container finds again by the same formula (see `fake_quant.scales`).
 
     Raises:
         CompressError: while solving: the group size does not divide the inputs, weights that are not finite.
