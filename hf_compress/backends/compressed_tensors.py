@@ -180,8 +180,8 @@ def compressed_tensors(
     inputs (None: each row).
 
     The values of `fake_quant` at the absmax scale, so a model that was trained with `QAT` on the same grid is stored
-    without change (8 bits in 16-bit dtypes: almost, see `fake_quant.scales`). activations: 8 rounds the inputs of every packed layer to int8 too, a scale for each token as it
-    comes.
+    without change (8 bits in 16-bit dtypes: almost, see `fake_quant.scales`). activations: 8 rounds the inputs of
+    every packed layer to int8 too, a scale for each token as it comes.
 
     Raises:
         CompressError: as `Packing`.
