@@ -24,6 +24,7 @@ from hf_compress.recipe import load, parse, shipped
 from hf_compress.stages import Train
 from hf_compress.stages.train import _last_whole_checkpoint
 from hf_compress.techniques.distillation import Distillation
+from hf_compress.trainer import CompressionTrainer
 from tests.models import CONFIGS, tiny
 from tests.training import WORDS, save_reviews, save_tokenizer
 
@@ -178,6 +179,31 @@ def test_training_after_quantize_needs_and_takes_lora(decoder: dict[str, Any], t
     facts = compress(parse(decoder), tmp_path / "out").facts
     assert facts["stages"][1]["facts"]["steps"] == 4
     assert "Linear4bit" in str(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+
+
+def test_dropout_is_set_for_the_stage_alone(
+    classifier: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[set[float]] = []
+    train, save = CompressionTrainer.train, pipeline._Finished.save
+
+    def of(model: Any) -> set[float]:
+        return {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+
+    def watch_train(self: CompressionTrainer, **kwargs: Any) -> Any:
+        rates.append(of(self.model))
+        return train(self, **kwargs)
+
+    def watch_save(self: Any, done: Any, *rest: Any) -> None:
+        rates.append(of(done.model))
+        save(self, done, *rest)
+
+    monkeypatch.setattr(CompressionTrainer, "train", watch_train)
+    monkeypatch.setattr(pipeline._Finished, "save", watch_save)
+    classifier["stages"], classifier["evaluate"] = classifier["stages"][:1], None
+    classifier["stages"][0]["train"]["dropout"] = 0.0
+    compress(parse(classifier), tmp_path / "out")
+    assert rates == [{0.1}, {0.0}, {0.1}]
 
 
 def test_lora_on_some_modules_covers_some(decoder: dict[str, Any], tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ class Train(Stage):
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "regular expressions of parameters that do not train"}
     )
+    dropout: float | None = field(
+        default=None, metadata={"help": "of every dropout layer while this stage trains; none = the model's own"}
+    )
     args: dict[str, Any] = field(default_factory=dict, metadata={"help": "any TrainingArguments field"})
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
@@ -99,6 +102,7 @@ class Train(Stage):
     def run(self, work: Work) -> Done:
         model = work.model
         frozen = self._freeze(model)
+        before = self._set_dropout(model)
         student: torch.nn.Module = self._with_lora(model, work) if self.lora is not None else model
         techniques = [self._resolved(technique, work) for technique in self.techniques]
         arguments = self._arguments(str(work.folder / "trainer"), work.seed)
@@ -131,6 +135,8 @@ class Train(Stage):
         adapted = {name.split(".lora_A")[0] for name, _ in student.named_modules() if ".lora_A" in name}
         if self.lora is not None:
             model = student.merge_and_unload()  # type: ignore[operator]
+        for module, p in before.items():
+            module.p = p
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
@@ -189,6 +195,14 @@ class Train(Stage):
         for name in frozen:
             model.get_parameter(name).requires_grad_(False)
         return frozen
+
+    def _set_dropout(self, model: PreTrainedModel) -> dict[torch.nn.Dropout, float]:
+        """Each dropout layer with the rate it had."""
+        layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)] if self.dropout is not None else []
+        before = {layer: layer.p for layer in layers}
+        for layer in layers:
+            layer.p = self.dropout if self.dropout is not None else layer.p
+        return before
 
     def _with_lora(self, model: PreTrainedModel, work: Work) -> torch.nn.Module:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
