@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class Weight:
         block: index of its block, None outside the blocks.
         expert: index in a stacked (experts, out, in) parameter, else None.
         transposed: stored (in, out), as GPT-2's Conv1D.
+        stored: the keys of a saved checkpoint that hold its rows, in order: one, but for experts' gate and up.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Weight:
     block: int | None = None
     expert: int | None = None
     transposed: bool = False
+    stored: tuple[str, ...] = ()
 
     @property
     def whole(self) -> Tensor:
@@ -135,14 +137,30 @@ def weights(model: nn.Module, kinds: Iterable[str] = COMPRESSIBLE) -> list[Weigh
             if kind not in wanted:
                 continue
             key = f"{module_name}.{attribute}"
-            one = Weight(key, key, module, attribute, module_name, kind, block, None, isinstance(module, Conv1D))
             if parameter.dim() == 3 and kind == "expert":
-                found += [
-                    Weight(f"{key}.{e}", key, module, attribute, module_name, kind, block, e)
-                    for e in range(len(parameter))
-                ]
+                assert family.experts is not None
+                up = attribute == family.experts.gate_up
+                names = family.experts.stored_gate_up if up else (family.experts.stored_down,)
+                place = f"{prefix}{block}.{family.experts.stored}"
+                for e in range(len(parameter)):
+                    stored = tuple(f"{place}.{e}.{name}.weight" for name in names)
+                    found.append(
+                        Weight(f"{key}.{e}", key, module, attribute, module_name, kind, block, e, stored=stored)
+                    )
             else:
-                found.append(one)
+                transposed = isinstance(module, Conv1D)
+                found.append(
+                    Weight(key, key, module, attribute, module_name, kind, block, None, transposed, stored=(key,))
+                )
+    return found
+
+
+def stored_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weight name -> scale (out, groups), as key of a saved checkpoint -> the scale of its rows."""
+    found: dict[str, Tensor] = {}
+    for weight in weights(model) if scales else []:
+        if weight.name in scales:
+            found |= zip(weight.stored, scales[weight.name].chunk(len(weight.stored)), strict=True)
     return found
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.coverage import Coverage
@@ -44,13 +45,15 @@ def quantize(
     bits: int = 8,
     group_size: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    scales: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Written:
     """``quantize(model, "out", backend="compressed-tensors", bits=4, group_size=32)``: write a folder that plain
     from_pretrained opens.
 
-    `options` are the backend's own (``hf-compress list backends``). Look at `Written.coverage`: what the container
-    cannot store stays as it was.
+    `options` are the backend's own (``hf-compress list backends``); scales: weight name -> (out, groups), where a
+    solver chose the grid (`OneshotReport.scales`; backends with a `packing`). Look at `Written.coverage`: what the
+    container cannot store stays as it was.
 
     Raises:
         CompressError: unknown backend; the folder exists; bits or group sizes the container does not have.
@@ -62,8 +65,9 @@ def quantize(
     entry.traits["check"](bits=bits, group_size=group_size, **options)
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
+    chosen = {} if scales is None else {"scales": scales}
     try:
-        written = entry.value(model, tokenizer, part, bits=bits, group_size=group_size, **options)
+        written = entry.value(model, tokenizer, part, bits=bits, group_size=group_size, **options, **chosen)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.backends import Written, backends
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
-from hf_compress.fake_quant import Grid, codes, from_codes, scales
+from hf_compress.fake_quant import Grid, codes, from_codes
+from hf_compress.fake_quant import scales as find_scales
 from hf_compress.families import family_of
-from hf_compress.weights import Weight, weights
+from hf_compress.weights import Weight, stored_scales, weights
 
 
 def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float | str:
@@ -84,19 +84,24 @@ class Packing:
                 where=name,
                 next_step="pick a group size that divides all inputs: 32, 64",
             )
-        self._modules = {w.module_name for w in found if w.kind != "expert" and w.name not in self.reasons}
-        self._experts = re.compile(rf"\.{re.escape(experts.module)}\.\d+\.\w+\.weight$") if experts else None
+        self._packed = {key for w in found if w.name not in self.reasons for key in w.stored}
         linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        self.quantization_config = self._describe(sorted(linears - self._modules))
+        self.quantization_config = self._describe(
+            sorted(linears - {key.removesuffix(".weight") for key in self._packed})
+        )
 
-    def encode(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
-        """What is stored for one tensor of a plain checkpoint: itself, or codes and scales named after it."""
+    def encode(self, key: str, tensor: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """What is stored for one tensor of a plain checkpoint: itself, or codes and scales named after it.
+
+        Raises:
+            CompressError: weights that are not finite; codes that do not decode to within rounding of the tensor.
+        """
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-        if key.removesuffix(".weight") not in self._modules and not (self._experts and self._experts.search(key)):
+        if key not in self._packed:
             return {key: tensor}
         try:
-            scale = scales(tensor, self.grid)
+            scale = find_scales(tensor, self.grid) if scale is None else scale.to(tensor.dtype)
         except CompressError as error:
             raise CompressError(error.what, where=key, next_step=error.next_step) from error
         rounded = codes(tensor, scale, self.grid)
@@ -175,18 +180,21 @@ def compressed_tensors(
     bits: int,
     group_size: int | None = None,
     activations: int | None = None,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> Written:
     """Write `model` with every block matrix as symmetric integers of `bits` (4 or 8), a scale for each `group_size`
     inputs (None: each row).
 
     The values of `fake_quant` at the absmax scale, so a model that was trained with `QAT` on the same grid is stored
     without change (8 bits in 16-bit dtypes: almost, see `fake_quant.scales`). activations: 8 rounds the inputs of
-    every packed layer to int8 too, a scale for each token as it comes.
+    every packed layer to int8 too, a scale for each token as it comes. scales: weight name -> (out, groups), where a
+    solver chose the grid: stored as they are.
 
     Raises:
         CompressError: as `Packing`.
     """
     packing = Packing(model, bits=bits, group_size=group_size, activations=activations)
+    chosen = stored_scales(model, scales or {})
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -196,7 +204,7 @@ def compressed_tensors(
             metadata = opened.metadata()
             tensors: dict[str, Tensor] = {}
             for key in opened.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                tensors |= packing.encode(key, opened.get_tensor(key))
+                tensors |= packing.encode(key, opened.get_tensor(key), chosen.get(key))
         renamed |= dict.fromkeys(tensors, shard.name)
         save_file(tensors, shard, metadata)
     index = folder / "model.safetensors.index.json"

@@ -16,12 +16,16 @@ class Experts:
     """Routed experts of a mixture-of-experts block; names are relative to the block (``mlp.experts``).
 
     In memory transformers 5 stacks them: `gate_up` (experts, 2 * width, hidden) and `down` (experts, hidden, width).
-    On disk each expert has its own `gate_proj`, `up_proj`, `down_proj`.
+    On disk each expert has matrices of its own, ``{stored}.{expert}.{name}.weight``, `stored` relative to the
+    block, with the names of `stored_gate_up` (its rows in this order) and `stored_down`.
     """
 
     module: str = "mlp.experts"
     gate_up: str = "gate_up_proj"
     down: str = "down_proj"
+    stored: str = "mlp.experts"
+    stored_gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    stored_down: str = "down_proj"
     router: tuple[str, ...] = ("mlp.gate",)
     shared: str = ""  # the shared experts' MLP, or "" where there is none
     count: str = "num_experts"  # config fields

@@ -3,11 +3,12 @@
 from hf_compress.oneshot.checkpoint import Container, compress_checkpoint, empty_model
 from hf_compress.oneshot.engine import OneshotReport, run_blocks
 from hf_compress.oneshot.memory import compress_blocks, prune
-from hf_compress.oneshot.solvers import Solver, solvers
+from hf_compress.oneshot.solvers import Solved, Solver, solvers
 
 __all__ = [
     "Container",
     "OneshotReport",
+    "Solved",
     "Solver",
     "compress_blocks",
     "compress_checkpoint",

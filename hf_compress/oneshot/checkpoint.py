@@ -23,7 +23,7 @@ from hf_compress.families import family_of
 from hf_compress.oneshot.engine import OneshotReport, run_blocks
 from hf_compress.oneshot.memory import fingerprint
 from hf_compress.oneshot.solvers import Solver
-from hf_compress.weights import blocks_of
+from hf_compress.weights import Weight, blocks_of, stored_scales, weights
 
 FP8_BLOCK = 128
 
@@ -33,8 +33,9 @@ class Container(Protocol):
 
     quantization_config: dict[str, Any]
 
-    def encode(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
-        """What is stored for the tensor `key` of a plain checkpoint: itself, or its codes and scales."""
+    def encode(self, key: str, tensor: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """What is stored for the tensor `key` of a plain checkpoint: itself, or its codes and scales (`scale`: the one
+        its values were rounded with, else found anew)."""
 
     def decode(self, key: str, stored: Callable[[str], Tensor]) -> Tensor:
         """The tensor back from what was stored (`stored(name)` reads one); KeyError when `key` was stored as it is."""
@@ -147,7 +148,11 @@ class _Streamed:
 
     def __init__(self, model: PreTrainedModel, files: _Files, part: Path, container: Container | None) -> None:
         self.model, self.files, self.part, self.container = model, files, part, container
-        self.experts = family_of(model.config).experts
+        self.scales: dict[str, Tensor] = {}
+        self.stacks: dict[str, list[Weight]] = {}  # stacked parameter -> its experts
+        for weight in weights(model):
+            if weight.expert is not None:
+                self.stacks.setdefault(weight.parameter, []).append(weight)
         blocks = blocks_of(model)
         self.prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
         for name, _ in [*model.named_parameters(), *model.named_buffers()]:
@@ -171,32 +176,18 @@ class _Streamed:
         module, parameters = blocks_of(self.model)[block], dict(self.model.named_parameters())
         for local, _ in [*module.named_parameters(), *module.named_buffers()]:
             name = f"{self.prefix}{block}.{local}"
-            if self._stacked(local):
+            if name in self.stacks:
                 self._set(name, self._stack(name, files))
             elif name in self.files or name in parameters:
                 self._set(name, files.read(name))
         return done
 
-    def _stacked(self, local: str) -> bool:
-        return self.experts is not None and local in (
-            f"{self.experts.module}.{self.experts.gate_up}",
-            f"{self.experts.module}.{self.experts.down}",
-        )
-
-    def _parts(self, name: str) -> list[str]:
-        """On-disk names of one expert's share of a stacked parameter."""
-        assert self.experts is not None
-        return ["gate_proj", "up_proj"] if name.endswith(self.experts.gate_up) else ["down_proj"]
-
     def _stack(self, name: str, files: _Files) -> Tensor:
-        assert self.experts is not None
-        experts, count = name.rsplit(".", 1)[0], getattr(self.model.config, self.experts.count)
-        shape = self.model.get_parameter(name).shape
-        stacked: Tensor | None = None
-        for expert in range(count):  # filled in place, so that no second copy of the experts exists
-            one = torch.cat([files.read(f"{experts}.{expert}.{part}.weight") for part in self._parts(name)])
+        shape, stacked = self.model.get_parameter(name).shape, None
+        for weight in self.stacks[name]:  # filled in place, so that no second copy of the experts exists
+            one = torch.cat([files.read(key) for key in weight.stored])
             stacked = torch.empty(shape, dtype=one.dtype) if stacked is None else stacked
-            stacked[expert] = one
+            stacked[weight.expert] = one
         assert stacked is not None
         return stacked
 
@@ -214,18 +205,17 @@ class _Streamed:
             tensors: dict[str, Tensor] = {}
             for local, value in [*module.named_parameters(), *module.named_buffers()]:
                 name = f"{self.prefix}{block}.{local}"
-                if self._stacked(local):
-                    experts, parts = name.rsplit(".", 1)[0], self._parts(name)
-                    for expert, one in enumerate(value):
-                        tensors |= {
-                            f"{experts}.{expert}.{part}.weight": half
-                            for part, half in zip(parts, one.chunk(len(parts)), strict=True)
-                        }
+                if name in self.stacks:
+                    for weight in self.stacks[name]:
+                        parts = value[weight.expert].chunk(len(weight.stored))
+                        tensors |= dict(zip(weight.stored, parts, strict=True))
                 elif name in self.files:
                     tensors[name] = value.detach()
             if self.container is not None:
-                encode = self.container.encode
-                tensors = {name: part for key in list(tensors) for name, part in encode(key, tensors.pop(key)).items()}
+                scales = stored_scales(self.model, self.scales)
+                packed = (self.container.encode(key, tensors.pop(key), scales.get(key)) for key in list(tensors))
+                tensors = {name: part for parts in packed for name, part in parts.items()}
+            self.scales.clear()
             temporary = self._shard(block).with_suffix(".saving")
             save_file(tensors, temporary, {"format": "pt"})
             temporary.rename(self._shard(block))

@@ -19,10 +19,15 @@ from hf_compress.weights import Weight, blocks_of, weights
 
 
 class Store(Protocol):
-    """Where blocks live between their turns: in memory, or on disk."""
+    """Where blocks live between their turns: in memory, or on disk.
+
+    scales: weight name -> the scale its solver chose, of the blocks that are live.
+    """
+
+    scales: dict[str, Tensor]
 
     def load(self, block: int) -> bool:
-        """Make block's values live; True when it was compressed before (an interrupted run goes on)."""
+        """Make block's values (and scales) live; True when it was compressed before (an interrupted run goes on)."""
 
     def save(self, block: int) -> None:
         """Keep the compressed block, and let go of its memory where that is the point."""
@@ -31,11 +36,12 @@ class Store(Protocol):
 @dataclass
 class OneshotReport:
     """touched: names. sparsity: share of zeros of each touched weight. starved: expert weight -> tokens it saw (fewer
-    than 32)."""
+    than 32). scales: of the weights whose solver chose a grid, where the model stays in memory."""
 
     touched: list[str] = field(default_factory=list)
     sparsity: dict[str, float] = field(default_factory=dict)
     starved: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         mean = sum(self.sparsity.values()) / max(1, len(self.sparsity))
@@ -83,7 +89,10 @@ def run_blocks(model: PreTrainedModel, batches: list[Batch], solver: Solver, sto
                 call.run(block, index)
             gatherer.close()
             for weight in by_block[index]:
-                weight.matrix.copy_(solver.solve(weight, gatherer.statistics(weight)))
+                solved = solver.solve(weight, gatherer.statistics(weight))
+                weight.matrix.copy_(solved.values)
+                if solved.scale is not None:
+                    store.scales[weight.name] = solved.scale
             report.starved |= gatherer.starved if batches else {}
         for weight in by_block[index]:
             report.touched.append(weight.name)
@@ -91,6 +100,7 @@ def run_blocks(model: PreTrainedModel, batches: list[Batch], solver: Solver, sto
         for call in calls:
             call.hidden = call.run(block, index)
         store.save(index)
+    report.scales = store.scales
     return report
 
 

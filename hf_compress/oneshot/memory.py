@@ -63,11 +63,14 @@ def fingerprint(facts: list[Any], tensors: list[Tensor]) -> str:
     return digest.hexdigest()
 
 
+SCALE = "scale of "  # before a weight's name, beside the block's own tensors
+
+
 class InMemory:
     """The model is all here; finished blocks are also written to a folder, for a run that is interrupted."""
 
     def __init__(self, model: PreTrainedModel, folder: Path | None, stamp: str) -> None:
-        self.model, self.folder, self.stamp = model, folder, stamp
+        self.model, self.folder, self.stamp, self.scales = model, folder, stamp, dict[str, Tensor]()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -85,15 +88,15 @@ class InMemory:
                     where=str(self.folder),
                     next_step="remove the folder, or repeat that run's options",
                 )
-        blocks_of(self.model)[block].load_state_dict(load_file(self._path(block)))
+        tensors = load_file(self._path(block))
+        self.scales |= {key.removeprefix(SCALE): tensors.pop(key) for key in list(tensors) if key.startswith(SCALE)}
+        blocks_of(self.model)[block].load_state_dict(tensors)
         return True
 
     def save(self, block: int) -> None:
         if self.folder is not None and not self._path(block).exists():
             temporary = self._path(block).with_suffix(".part")
-            save_file(
-                {k: v.contiguous() for k, v in blocks_of(self.model)[block].state_dict().items()},
-                temporary,
-                {"fingerprint": self.stamp},
-            )
+            names = {w.name for w in weights(self.model) if w.block == block} & self.scales.keys()
+            tensors = blocks_of(self.model)[block].state_dict() | {SCALE + n: self.scales[n] for n in names}
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"fingerprint": self.stamp})
             temporary.rename(self._path(block))

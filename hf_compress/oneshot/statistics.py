@@ -47,8 +47,8 @@ class Gatherer:
         return hook
 
     def _on_experts(self, group: list[Weight]) -> Any:
-        up = {w.expert: w for w in group if "gate_up" in w.attribute}
-        down = {w.expert: w for w in group if "gate_up" not in w.attribute}
+        up = {w.expert: w for w in group if len(w.stored) == 2}  # gate and up, stacked
+        down = {w.expert: w for w in group if len(w.stored) == 1}
 
         def hook(module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
             hidden, chosen, gates = args  # (tokens, hidden), (tokens, active), (tokens, active)

@@ -50,6 +50,7 @@ class Quantize(Stage):
             "folder",
             "bits",
             "group_size",
+            "scales",
         }
         for option in self.options:
             if option not in known:
@@ -95,9 +96,11 @@ class Quantize(Stage):
             report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, rounding, container=packing)
             covered.require(self.min_coverage, where=where)
             return Done(None, report.facts(), covered, saved, quantized=self.backend)
+        scales = None
         if self.method is not None:
             batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []
-            compress_blocks(work.model, batches, rounding, resume_dir=work.folder / "blocks")
+            report = compress_blocks(work.model, batches, rounding, resume_dir=work.folder / "blocks")
+            scales = report.scales
         written = quantize(
             work.model,
             saved,
@@ -105,6 +108,7 @@ class Quantize(Stage):
             bits=self.bits,
             group_size=self.group_size,
             tokenizer=work.tokenizer,
+            scales=scales,
             **self.options,
         )
         written.coverage.require(self.min_coverage, where=where)

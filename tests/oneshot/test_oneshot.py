@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_compress.backends import backends
+from hf_compress.backends import backends, quantize
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
 from hf_compress.fake_quant import Grid, fake_quantize, scales
 from hf_compress.oneshot import (
+    Solved,
     Solver,
     compress_blocks,
     compress_checkpoint,
@@ -44,7 +45,7 @@ def record(model, given) -> dict[str, Statistics]:
 
     def solver(weight, statistics):
         seen[weight.name] = statistics
-        return weight.matrix.clone()
+        return Solved(weight.matrix.clone())
 
     run_blocks(model, given, Solver(solver, ("input_norm", "hessian")), InMemory(model, None, ""))
     return seen
@@ -110,7 +111,7 @@ def test_the_second_block_sees_the_compressed_first() -> None:
 
     def solver(weight, statistics):
         seen[weight.name] = statistics
-        return weight.matrix * 0 if weight.block == 0 else weight.matrix.clone()
+        return Solved(weight.matrix * 0 if weight.block == 0 else weight.matrix.clone())
 
     run_blocks(pruned, given, Solver(solver, ("input_norm",)), InMemory(pruned, None, ""))
     assert torch.allclose(seen[second].input_norm, record(pruned, given)[second].input_norm, rtol=1e-4)
@@ -291,3 +292,37 @@ def test_streamed_into_a_container_equals_the_backend_in_memory(
     assert torch.equal(one, two)
     total = {f: sum(p.stat().st_size for p in (tmp_path / f).glob("*.safetensors")) for f in ("memory", "streamed")}
     assert total["streamed"] < total["memory"] * 1.1
+
+
+def half_scale(bits: int, group_size: int) -> Solver:
+    """A grid that absmax would not find: half its scale, so the largest weights are clipped."""
+    grid = Grid(bits, group_size)
+
+    def solve(weight, statistics):
+        scale = scales(weight.matrix, grid) / 2
+        return Solved(fake_quantize(weight.matrix, scale, grid) * 0.999, scale)  # no weight is at the largest code
+
+    return Solver(solve, (), {"solver": "half"})
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "qwen3_moe"])
+def test_scales_a_solver_chose_reach_the_container_in_memory_resumed_and_streamed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"bits": 4, "group_size": 32}
+    tiny(name).save_pretrained(tmp_path / "source")
+    model, again = tiny(name), tiny(name)
+    report = compress_blocks(model, [], half_scale(**options), resume_dir=tmp_path / "blocks")
+    assert set(report.scales) == {w.name for w in weights(model)}
+    resumed = compress_blocks(again, [], half_scale(**options), resume_dir=tmp_path / "blocks")
+    assert all(torch.equal(resumed.scales[n], s) for n, s in report.scales.items())
+    quantize(model, tmp_path / "memory", backend="compressed-tensors", scales=report.scales, **options)
+    packing = backends.entry("compressed-tensors").traits["packing"](empty_model(tmp_path / "source"), **options)
+    compress_checkpoint(tmp_path / "source", tmp_path / "streamed", [], half_scale(**options), container=packing)
+    stored = load_file(tmp_path / "memory" / "model.safetensors")
+    streamed = {k: v for f in (tmp_path / "streamed").glob("*.safetensors") for k, v in load_file(f).items()}
+    for weight in weights(model):
+        found = torch.cat([stored[f"{key}_scale"] for key in weight.stored])
+        assert torch.equal(found, report.scales[weight.name])
+        assert all(torch.equal(stored[f"{k}_packed"], streamed[f"{k}_packed"]) for k in weight.stored)
+        assert all(torch.equal(stored[f"{k}_scale"], streamed[f"{k}_scale"]) for k in weight.stored)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from hf_compress.criteria import Statistics, criteria
 from hf_compress.errors import CompressError
-from hf_compress.oneshot.solvers import Solver, solvers
+from hf_compress.oneshot.solvers import Solved, Solver, solvers
 from hf_compress.patterns import mask_of
 from hf_compress.weights import Weight
 
@@ -25,12 +23,12 @@ def by_criterion(*, criterion: str, sparsity: float, pattern: str = "unstructure
     """
     entry = criteria.entry(criterion)
 
-    def solve(weight: Weight, statistics: Statistics) -> Tensor:
+    def solve(weight: Weight, statistics: Statistics) -> Solved:
         scores = entry.value(weight.matrix, statistics)
         try:
             mask = mask_of(scores, sparsity=sparsity, pattern=pattern, group=entry.traits["group"])
         except CompressError as error:
             raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
-        return weight.matrix * mask
+        return Solved(weight.matrix * mask)
 
     return Solver(solve, entry.traits["needs"], {"criterion": criterion, "sparsity": sparsity, "pattern": pattern})

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
 from hf_compress.fake_quant import Grid, fake_quantize, scales
-from hf_compress.oneshot.solvers import Solver, solvers
+from hf_compress.oneshot.solvers import Solved, Solver, solvers
 from hf_compress.weights import Weight
 
 
@@ -15,17 +13,16 @@ from hf_compress.weights import Weight
 def rtn(*, bits: int, group_size: int | None = None) -> Solver:
     """w -> s round(w / s), s = max |w| of the group / (2^(bits-1) - 1): (out, in), |w - q| <= s / 2, zeros stay zero.
 
-    The result lies on the grid whose scale a container finds again by the same formula (see `fake_quant.scales`).
-
     Raises:
         CompressError: while solving: the group size does not divide the inputs, weights that are not finite.
     """
     grid = Grid(bits, group_size)
 
-    def solve(weight: Weight, statistics: Statistics) -> Tensor:
+    def solve(weight: Weight, statistics: Statistics) -> Solved:
         matrix = weight.matrix
         try:
-            return fake_quantize(matrix, scales(matrix, grid), grid)
+            scale = scales(matrix, grid)
+            return Solved(fake_quantize(matrix, scale, grid), scale)
         except CompressError as error:
             raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
 
