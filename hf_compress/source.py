@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from hf_compress.bnb_guard import disable_cpu_packing
 from hf_compress.errors import CompressError, require
+from hf_compress.families import expert_options
 
 TASKS = {"causal-lm": "AutoModelForCausalLM", "text-classification": "AutoModelForSequenceClassification"}
 
@@ -123,11 +124,7 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
     config = read_config(source)
     auto = getattr(transformers, TASKS[task_of(source, config)])
     torch.manual_seed(seed)
-    options: dict[str, Any] = (
-        {}
-        if torch.cuda.is_available() or getattr(config, "num_experts_per_tok", None) is None
-        else {"experts_implementation": "eager"}
-    )
+    options: dict[str, Any] = dict(expert_options(config))
     if source.id is None:
         model = auto.from_config(
             config, dtype=None if source.dtype == "auto" else getattr(torch, source.dtype), **options

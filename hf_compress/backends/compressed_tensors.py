@@ -18,7 +18,7 @@ from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
 from hf_compress.fake_quant import Grid, codes, from_codes
 from hf_compress.fake_quant import scales as find_scales
-from hf_compress.families import family_of
+from hf_compress.families import expert_options, family_of
 from hf_compress.weights import Weight, stored_scales, weights
 
 
@@ -216,8 +216,7 @@ def compressed_tensors(
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = packing.quantization_config
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    eager = {"experts_implementation": "eager"} if family_of(model.config).experts else {}
-    again = type(model).from_pretrained(folder, **eager)
+    again = type(model).from_pretrained(folder, **expert_options(model.config))
     packed = [w.name for w in weights(model) if w.name not in packing.reasons]
     notes = (
         []

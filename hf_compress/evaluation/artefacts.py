@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.bnb_guard import disable_cpu_packing
+from hf_compress.families import expert_options
 from hf_compress.source import TASKS, ModelSource, weight_files
 
 Predict = Callable[[dict[str, Tensor]], Tensor]
@@ -30,12 +31,7 @@ class Artefact:
 
 def open_folder(name: str, folder: str, task: str) -> Artefact:
     """A checkpoint through plain from_pretrained, in eval mode."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    options = (
-        {"experts_implementation": "eager"}
-        if getattr(config, "num_experts_per_tok", None) and not torch.cuda.is_available()
-        else {}
-    )
+    options = expert_options(transformers.AutoConfig.from_pretrained(folder))
     model: PreTrainedModel = getattr(transformers, TASKS[task]).from_pretrained(folder, **options).eval()
     disable_cpu_packing(model)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedConfig
 
 from hf_compress.errors import CompressError
@@ -63,6 +64,12 @@ class Family:
     per_layer_fields: tuple[str, ...] = ("layer_types",)
     experts: Experts | None = None
     refused: str = ""
+
+
+def expert_options(config: PreTrainedConfig) -> dict[str, str]:
+    """Options for from_pretrained and from_config: on a CPU routed experts run `eager`, where that is fastest."""
+    routed = getattr(config, "num_experts_per_tok", None) is not None
+    return {"experts_implementation": "eager"} if routed and not torch.cuda.is_available() else {}
 
 
 families: Registry[Family] = Registry("family", __name__)

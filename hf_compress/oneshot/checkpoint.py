@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from hf_compress.calibration import Batch
 from hf_compress.coverage import Coverage, coverage
 from hf_compress.errors import CompressError
-from hf_compress.families import family_of
+from hf_compress.families import expert_options
 from hf_compress.oneshot.engine import OneshotReport, run_blocks
 from hf_compress.oneshot.memory import fingerprint
 from hf_compress.oneshot.solvers import Solver
@@ -89,9 +89,7 @@ def empty_model(source: Path) -> PreTrainedModel:
     """The causal model of a checkpoint folder with its parameters on the meta device, in the checkpoint's dtype."""
     config = plain_config(source)
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, **({"experts_implementation": "eager"} if family_of(config).experts else {})
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **expert_options(config))
     return model
 
 
