@@ -170,7 +170,7 @@ def _show(facts: dict[str, object]) -> None:
         return
     table = Table(title=str(facts["name"]), title_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
