@@ -130,6 +130,13 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, *, task: str) -> Pre
     return Prepared(_tokenized(train, encoder), _tokenized(held_out, encoder), collator)
 
 
+def peek(data: Data, *, task: str) -> None:
+    """Raise what `prepare` would find wrong with files, splits, columns and filter, without model or tokenizer."""
+    for split in (data.split, data.eval_split):
+        if split is not None:
+            _filtered(_read(data, split), data, task)
+
+
 def _check(data: Data, tokenizer: PreTrainedTokenizerBase, task: str) -> None:
     wrong = ""
     if task == "text-classification":

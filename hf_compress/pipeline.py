@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 import hf_compress
 from hf_compress.backends import backends
 from hf_compress.card import FACTS, read_facts, write_card
+from hf_compress.data import peek
 from hf_compress.errors import CompressError
 from hf_compress.evaluation import evaluate
 from hf_compress.evaluation.cost import machine_facts
@@ -64,6 +65,9 @@ def compress(
     task = task_of(recipe.model, config)
     room = output.parent / f".{output.name}.work"
     room.mkdir(parents=True, exist_ok=True)
+    for data in (recipe.data, *(getattr(named.stage, "extra_data", None) for named in recipe.stages)):
+        if data is not None:
+            peek(data, task=task)
     torch.manual_seed(recipe.seed)
     transformers.set_seed(recipe.seed)
 

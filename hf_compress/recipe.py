@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -59,6 +60,23 @@ _SECTIONS = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 2:4 is a word (1.1 reads base sixty, 124) and 2e-5 is a number (1.1 reads a word)."""
+
+
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag not in _NUMBERS]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$"),
+    list("-+.0123456789"),
+)
+
+
 def shipped() -> dict[str, Path]:
     """Name -> file of the recipes that come with the package."""
     inside = Path(str(files("hf_compress"))) / "recipes"
@@ -80,7 +98,7 @@ def load(path: str, overrides: list[str] | None = None) -> Recipe:
             f"no recipe {path!r}", where=str(file), next_step="a .yaml file, or a shipped one: " + ", ".join(shipped())
         )
     try:
-        raw = yaml.safe_load(file.read_text())
+        raw = yaml.load(file.read_text(), _Loader)
     except yaml.YAMLError as error:
         raise CompressError(
             "the recipe is not YAML", where=f"{file}: {str(error).splitlines()[-1].strip()}"
@@ -221,7 +239,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
             entry = node[match[0]]
             node = entry if last or keys[depth + 1] in entry else next(v for k, v in entry.items() if k != "name")
         elif last:
-            node[key] = yaml.safe_load(value)
+            node[key] = yaml.load(value, _Loader)
         else:
             node = node.setdefault(key, {})
             if not isinstance(node, (dict, list)):

@@ -48,10 +48,13 @@ class Registry(Generic[T]):
 
         return add
 
-    def entry(self, name: str) -> Entry[T]:
+    def entry(self, name: str, *, where: str = "") -> Entry[T]:
+        """The entry of that name; `where` is the place a wrong one is reported at."""
         self._load()
         if name not in self._entries:
-            raise CompressError(f"unknown {self.kind} {name!r}", next_step=did_you_mean(name, self._entries))
+            raise CompressError(
+                f"unknown {self.kind} {name!r}", where=where, next_step=did_you_mean(name, self._entries)
+            )
         return self._entries[name]
 
     def __getitem__(self, name: str) -> T:

@@ -309,11 +309,19 @@ def test_mistakes_in_a_recipe_are_named_before_any_work(
         parse(change(decoder, path, value))
 
 
-def test_yaml_words_reach_training_arguments(decoder: dict[str, Any]) -> None:
-    raw = yaml.safe_load(
-        yaml.safe_dump(decoder).replace("learning_rate: 0.001", "learning_rate: 1e-3\n      save_strategy: no")
-    )
-    stage = parse(raw).stages[1].stage
+def test_n_of_m_needs_no_quotes(tmp_path: Path, decoder: dict[str, Any]) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(decoder).replace("'2:4'", "2:4"))
+    recipe = load(str(file), ["stages.recover.prune.pattern=1:4", "stages.recover.prune.sparsity=.75"])
+    assert recipe.stages[0].stage.pattern == "2:4"
+    assert recipe.stages[1].stage.prune.pattern == "1:4"
+    assert recipe.raw["stages"][1]["train"]["args"]["learning_rate"] == 1e-3
+
+
+def test_yaml_words_reach_training_arguments(decoder: dict[str, Any], tmp_path: Path) -> None:
+    text = yaml.safe_dump(decoder).replace("learning_rate: 0.001", "learning_rate: 1e-3\n      save_strategy: no")
+    (tmp_path / "recipe.yaml").write_text(text)
+    stage = load(str(tmp_path / "recipe.yaml")).stages[1].stage
     assert isinstance(stage, Train)
     assert stage.args["save_strategy"] == "no"
     assert stage.args["learning_rate"] == 1e-3

@@ -34,7 +34,7 @@ class Prune(Stage):
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
         try:
-            criteria.entry(self.criterion)
+            criteria.entry(self.criterion, where="criterion")
             check_target(self.sparsity, self.pattern)
         except CompressError as error:
             raise CompressError(

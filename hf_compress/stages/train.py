@@ -71,10 +71,8 @@ class Train(Stage):
                     where=f"{where}.args",
                     next_step=did_you_mean(key, _ARGUMENTS),
                 )
-            if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-                self.args[key] = float(value)  # YAML 1.1 reads 2e-5 as text
             if value is False and key.endswith("_strategy"):
-                self.args[key] = "no"  # and no as false
+                self.args[key] = "no"  # YAML reads no as false
         try:
             self._arguments("unused", 0)
         except (ValueError, TypeError, ImportError) as error:

@@ -61,7 +61,7 @@ class Distillation(Technique):
                 where="distill.teacher_model",
                 next_step="a folder, a Hub id, or `dense` in a recipe",
             )
-        if losses.entry(self.loss).traits["kind"] != "logits":
+        if losses.entry(self.loss, where="distill.loss").traits["kind"] != "logits":
             raise CompressError(
                 f"{self.loss!r} is not a logit loss",
                 where="distill.loss",

@@ -54,7 +54,7 @@ class Pruning(Technique):
 
     def check(self) -> None:
         check_target(self.sparsity, self.pattern)
-        entry = criteria.entry(self.criterion)
+        entry = criteria.entry(self.criterion, where="prune.criterion")
         if entry.traits["needs"]:
             raise CompressError(
                 f"{self.criterion!r} needs calibration statistics, which a training run does not collect",
