@@ -15,6 +15,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from hf_compress.errors import CompressError
 
 FACTS = "hf_compress.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PIPELINES = {"causal-lm": "text-generation", "text-classification": "text-classification"}
 LABELS = {
     "dense": "dense, torch",
@@ -50,6 +51,7 @@ def write_card(folder: Path) -> Path:
 def render_card(facts: dict[str, Any]) -> str:
     """Markdown with the Hub's YAML front matter. Text from the recipe is escaped, so that a name cannot break out of
     its place."""
+    facts = _without_folders(facts)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -67,6 +69,7 @@ def render_card(facts: dict[str, Any]) -> str:
         table=comparison(facts["evaluation"]),
         recipe=recipe,
         fence=fence,
+        timed="latency" in ((facts["evaluation"] or {}).get("artefacts") or {}).get("root", {}),
         smaller_than_source=_against_source(facts),
         auto=("AutoModelForCausalLM" if facts["task"] == "causal-lm" else "AutoModelForSequenceClassification"),
         masked=any(s["kind"] == "prune" or "Pruning" in (s["facts"].get("techniques") or {}) for s in facts["stages"]),
@@ -145,7 +148,7 @@ def comparison(evaluation: dict[str, Any] | None) -> list[list[str]]:
 
 
 def _metadata(facts: dict[str, Any]) -> dict[str, Any]:
-    base = facts["base_model"] if re.fullmatch(r"[\w.-]+/[\w.-]+", facts["base_model"] or "") else None
+    base = facts["base_model"] if HUB_ID.fullmatch(facts["base_model"] or "") else None
     tags = ["hf-compress", *sorted({s["kind"] for s in facts["stages"]})]
     known = {
         "library_name": "transformers",
@@ -153,7 +156,7 @@ def _metadata(facts: dict[str, Any]) -> dict[str, Any]:
         "license": facts["license"],
         "base_model": base,
         "base_model_relation": ("quantized" if facts["container"] else "finetune") if base else None,
-        "datasets": [d for d in facts["datasets"] if re.fullmatch(r"[\w.-]+/[\w.-]+", d)] or None,
+        "datasets": [d for d in facts["datasets"] if HUB_ID.fullmatch(d)] or None,
         "tags": tags,
     }
     return {key: value for key, value in known.items() if value is not None} | _model_index(facts)
@@ -165,8 +168,8 @@ def _model_index(facts: dict[str, Any]) -> dict[str, Any]:
     results = [
         EvalResult(
             task_type=PIPELINES[facts["task"]],
-            dataset_type=dataset,
-            dataset_name=dataset,
+            dataset_type=dataset if HUB_ID.fullmatch(dataset) else Path(dataset).stem,
+            dataset_name=Path(dataset).stem,
             metric_type=metric,
             metric_value=round(root[metric]["value"], 4),
             metric_name=f"{metric} (held-out rows; see the card for n and the interval)",
@@ -176,6 +179,15 @@ def _model_index(facts: dict[str, Any]) -> dict[str, Any]:
         for dataset in facts["datasets"][:1]
     ]
     return {"model-index": eval_results_to_model_index(" ".join(facts["name"].split()), results)} if results else {}
+
+
+def _without_folders(facts: Any) -> Any:
+    """Absolute paths by their last name: where things lay on the maker's machine is nobody's business."""
+    if isinstance(facts, dict):
+        return {key: _without_folders(value) for key, value in facts.items()}
+    if isinstance(facts, list):
+        return [_without_folders(value) for value in facts]
+    return re.sub(r"(?<![\w:/.~-])/(?:[\w.@+~-]+/)+(?=[\w.@+~-])", "", facts) if isinstance(facts, str) else facts
 
 
 def _text(value: object) -> str:

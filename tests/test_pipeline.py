@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_compress import pipeline
-from hf_compress.card import render_card
+from hf_compress.card import _without_folders, render_card
 from hf_compress.errors import CompressError
 from hf_compress.pipeline import compress, measure_again
 from hf_compress.planning import plan
@@ -451,6 +451,18 @@ def test_every_number_of_the_card_comes_from_the_facts(decoder: dict[str, Any], 
         assert render_card(other) != card, path
     template = (Path(pipeline.__file__).parent / "card_template.md").read_text()
     assert not re.findall(r"\d", re.sub(r"\{%.*?%\}|\{:\.\d[%e]\}", "", template))
+
+
+def test_cards_do_not_say_where_things_lay(decoder: dict[str, Any], tmp_path: Path) -> None:
+    decoder["stages"], decoder["evaluate"] = decoder["stages"][:1], {"metrics": ["quality"]}
+    facts = compress(parse(decoder), tmp_path / "out", command=f"hf-compress run x --output {tmp_path}/out").facts
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path.parent) in json.dumps(facts)
+    assert str(tmp_path.parent) not in card
+    assert "--output out" in card
+    assert "reviews.csv" in card
+    kept = {"a": ["package://p/data/x.csv", "org/name", "../models/x", "a/b of c/d"], "b": 1}
+    assert _without_folders(kept) == kept
 
 
 def test_hostile_names_stay_text(decoder: dict[str, Any], tmp_path: Path) -> None:
