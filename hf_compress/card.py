@@ -59,7 +59,7 @@ def render_card(facts: dict[str, Any]) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters |= {"text": _text}
+    environment.filters |= {"text": _text, "code": _code}
     template = environment.from_string((Path(__file__).parent / "card_template.md").read_text())
     recipe = yaml.safe_dump(facts["recipe"], sort_keys=False)
     fence = "`" * (max((len(run) for run in re.findall("`+", recipe)), default=2) + 3)
@@ -69,6 +69,9 @@ def render_card(facts: dict[str, Any]) -> str:
         table=comparison(facts["evaluation"]),
         recipe=recipe,
         fence=fence,
+        stages=list(zip(facts["stages"], map(_options, facts["recipe"]["stages"]), strict=True)),
+        trained=any(s["kind"] == "train" for s in facts["stages"]),
+        few=_few(facts),
         timed="latency" in ((facts["evaluation"] or {}).get("artefacts") or {}).get("root", {}),
         smaller_than_source=_against_source(facts),
         auto=("AutoModelForCausalLM" if facts["task"] == "causal-lm" else "AutoModelForSequenceClassification"),
@@ -181,6 +184,26 @@ def _model_index(facts: dict[str, Any]) -> dict[str, Any]:
     return {"model-index": eval_results_to_model_index(" ".join(facts["name"].split()), results)} if results else {}
 
 
+def _options(entry: Any) -> str:
+    """A stage's options as the recipe gives them, on one line."""
+    options = next((v for k, v in entry.items() if k != "name"), None) if isinstance(entry, dict) else None
+    return yaml.safe_dump(options, default_flow_style=True, sort_keys=False, width=10**6).strip() if options else ""
+
+
+def _few(facts: dict[str, Any]) -> int | None:
+    """How many rows quality was measured on, when too few to tell."""
+    root = ((facts["evaluation"] or {}).get("artefacts") or {}).get("root", {})
+    rows: int | None = next((root[name]["n"] for name in ("accuracy", "perplexity") if name in root), None)
+    return rows if rows is not None and rows < 30 else None
+
+
+def _code(value: str) -> str:
+    """An inline code span, whatever backticks are inside."""
+    line = " ".join(value.split())
+    fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
 def _without_folders(facts: Any) -> Any:
     """Absolute paths by their last name: where things lay on the maker's machine is nobody's business."""
     if isinstance(facts, dict):
@@ -192,4 +215,4 @@ def _without_folders(facts: Any) -> Any:
 
 def _text(value: object) -> str:
     """One line of plain text inside Markdown: no HTML, no table bars, no links, no line breaks."""
-    return re.sub(r"([\\`*_\[\]<>|#~&])", lambda m: f"&#{ord(m[1])};", " ".join(str(value).split()))
+    return re.sub(r"([\\`*\[\]<>|#~&]|(?<!\w)_|_(?!\w))", lambda m: f"&#{ord(m[1])};", " ".join(str(value).split()))

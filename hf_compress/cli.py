@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -26,6 +27,10 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 110)
 errors = Console(stderr=True)
 
+LISTS = (
+    "losses, criteria, solvers, backends, families, techniques, stages or recipes; or a section of a recipe: model, "
+    "data, evaluate, distill, qat, prune-in-training, or a stage (shrink, prune, train, quantize, export)"
+)
 RecipeArgument = Annotated[
     str, typer.Argument(help="a recipe file, or the name of a shipped recipe (see `hf-compress list recipes`)")
 ]
@@ -47,13 +52,17 @@ def run(
     from hf_compress.pipeline import compress
     from hf_compress.recipe import load
 
-    result = compress(
-        load(recipe, set_),
-        output,
-        overwrite=overwrite,
-        command=shlex.join(["hf-compress", *sys.argv[1:]]),
-        say=lambda text: console.print(f"[bold]> {text}[/bold]"),
-    )
+    try:
+        result = compress(
+            load(recipe, set_),
+            output,
+            overwrite=overwrite,
+            command=shlex.join(["hf-compress", *sys.argv[1:]]),
+            say=lambda text: console.print(f"[bold]> {text}[/bold]"),
+        )
+    except KeyboardInterrupt:  # caught here, since typer would end without a word
+        errors.print(f"\ninterrupted: run the same command again to go on (work so far: .{output.name}.work)")
+        raise typer.Exit(130) from None
     _show(result.facts)
     console.print(f"\ncard: {result.folder / 'README.md'}")
 
@@ -72,7 +81,7 @@ def plan(recipe: RecipeArgument, set_: Overrides = None) -> None:
         shares = ("-" if value is None else f"{value:.1%}" for value in (row.share, row.experts))
         ratio = f"{rows[0].bytes / row.bytes:.2f}"
         cells = (f"{row.parameters / 1e6:,.1f} M", f"{row.active / 1e6:,.1f} M", f"{row.bytes / 1e6:,.1f} MB", ratio)
-        table.add_row(f"{row.name} ({row.kind})", *cells, *shares)
+        table.add_row(row.name if row.name == row.kind else f"{row.name} ({row.kind})", *cells, *shares)
     console.print(table)
     for row in rows:
         for note in row.notes:
@@ -100,6 +109,7 @@ def verify(folder: FolderArgument) -> None:
 
     for key, value in verify_folder(folder)[str(folder)].items():
         console.print(f"{key}: {value}")
+    console.print("ok: it opens without hf_compress and answers as recorded")
 
 
 @app.command()
@@ -113,11 +123,12 @@ def card(folder: FolderArgument) -> None:
 @app.command("list")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="losses, criteria, solvers, backends, families, techniques, stages or recipes")
+        str,
+        typer.Argument(help=LISTS),
     ],
 ) -> None:
-    """Name, one line and paper of everything of a kind."""
-    table = Table("name", "what", "paper", box=None)
+    """Name, one line and paper of everything of a kind; or keys, meaning and default of a section of a recipe."""
+    table = Table("name", "what", "paper or default", box=None)
     for row in listing(what):
         table.add_row(*row)
     console.print(table)
@@ -127,11 +138,14 @@ def listing(what: str) -> list[tuple[str, str, str]]:
     """Rows of ``hf-compress list``; the README prints them too."""
     from hf_compress.backends import backends
     from hf_compress.criteria import criteria
+    from hf_compress.data import Data
     from hf_compress.errors import CompressError, did_you_mean
+    from hf_compress.evaluation import Evaluate
     from hf_compress.families import families
     from hf_compress.losses import losses
     from hf_compress.oneshot.solvers import solvers
     from hf_compress.recipe import shipped
+    from hf_compress.source import ModelSource
     from hf_compress.stages import STAGES
     from hf_compress.techniques.distillation import Distillation
     from hf_compress.techniques.pruning import Pruning
@@ -155,10 +169,21 @@ def listing(what: str) -> list[tuple[str, str, str]]:
         return [
             (name, " ".join((sys.modules[kind.__module__].__doc__ or "").split()), "") for name, kind in STAGES.items()
         ]
+    sections: dict[str, Any] = STAGES | {"model": ModelSource, "data": Data, "evaluate": Evaluate}
+    sections |= {"distill": Distillation, "prune-in-training": Pruning, "qat": QAT}
+    if what in sections:
+        return [(f.name, f.metadata.get("help", ""), _default(f)) for f in dataclasses.fields(sections[what])]
     raise CompressError(
         f"nothing to list called {what!r}",
-        next_step=did_you_mean(what, [*registries, "recipes", "stages", "techniques"]),
+        next_step=did_you_mean(what, [*registries, "recipes", "stages", "techniques", *sections]),
     )
+
+
+def _default(field: dataclasses.Field[object]) -> str:
+    """A recipe key's default as one writes it."""
+    if field.default_factory is not dataclasses.MISSING:
+        return str(field.default_factory())
+    return "needed" if field.default is dataclasses.MISSING else str(field.default)
 
 
 def _show(facts: dict[str, object]) -> None:
@@ -194,9 +219,6 @@ def main() -> None:
     except CompressError as error:
         errors.print(Panel(str(error), title="hf-compress", title_align="left", border_style="red"), markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("interrupted: run the same command again to go on where it stopped")
-        sys.exit(130)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own kind
         damaged = isinstance(error, SafetensorError) and "os error" not in str(error)
         mend = "copy or download the damaged file again" if damaged else "free space or choose another place"

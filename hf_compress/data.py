@@ -72,11 +72,12 @@ Rows: TypeAlias = "Dataset | IterableDataset"
 @dataclass(frozen=True)
 class Prepared:
     """Tokenized rows (input_ids, attention_mask, labels) and what pads them into batches. `train` is an
-    IterableDataset when streaming."""
+    IterableDataset when streaming; `labels` are a classifier's label names."""
 
     train: Rows
     eval: Dataset
     collator: Any
+    labels: tuple[str, ...] = ()
 
     def first(self, count: int, *, seed: int) -> Dataset:
         """`count` rows of the training set in a seeded order (of a stream: out of its first 10 x `count`)."""
@@ -127,7 +128,8 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, *, task: str) -> Pre
         data.packing,
         data.completion_only,
     )
-    return Prepared(_tokenized(train, encoder), _tokenized(held_out, encoder), collator)
+    labels = tuple(map(str, train.features[data.label_column].names)) if classification else ()
+    return Prepared(_tokenized(train, encoder), _tokenized(held_out, encoder), collator, labels)
 
 
 def peek(data: Data, *, task: str) -> None:

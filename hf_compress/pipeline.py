@@ -24,6 +24,7 @@ from hf_compress.data import peek
 from hf_compress.errors import CompressError
 from hf_compress.evaluation import evaluate
 from hf_compress.evaluation.cost import machine_facts
+from hf_compress.planning import require_possible
 from hf_compress.recipe import NamedStage, Recipe, parse
 from hf_compress.source import ModelSource, load_meta, load_model, read_config, task_of, weight_files
 from hf_compress.stages import Done, Work
@@ -65,6 +66,7 @@ def compress(
     task = task_of(recipe.model, config)
     room = output.parent / f".{output.name}.work"
     room.mkdir(parents=True, exist_ok=True)
+    require_possible(recipe)
     for data in (recipe.data, *(getattr(named.stage, "extra_data", None) for named in recipe.stages)):
         if data is not None:
             peek(data, task=task)
@@ -93,6 +95,7 @@ def compress(
         else:
             say(f"{named.name} ({named.kind})")
             work = _work(recipe, task, checkpoint, finished.running, places, quantized)
+            work.say = say
             if model_now is not None:
                 work.__dict__["model"] = model_now
             started = time.time()
@@ -122,9 +125,6 @@ def compress(
     final = room / "final"
     shutil.rmtree(final, ignore_errors=True)
     shutil.copytree(checkpoint, final)
-    asked = checkpoint.parent / EXPECTATION
-    if asked.exists():
-        shutil.copytree(asked.parent, (final / EXPECTATION).parent)
     for name, folder in extras.items():
         shutil.copytree(folder, final / name)
     work = _work(recipe, task, final, room / "evaluation", places, quantized)
@@ -217,8 +217,8 @@ def _container(recipe: Recipe) -> dict[str, str] | None:
 
 @dataclass(frozen=True)
 class _Finished:
-    """Where one stage's result lies: ``<number>-<name>-<fingerprint of the recipe up to here>/``, with ``checkpoint``,
-    ``record.json`` and ``verify``, the answers of the model in memory that was saved."""
+    """Where one stage's result lies: ``<number>-<name>-<fingerprint of the recipe up to here>/``, with ``checkpoint``
+    (the answers of the model in memory that was saved beside it, in ``verify``) and ``record.json``."""
 
     folder: Path
 
@@ -264,10 +264,9 @@ class _Finished:
             done.saved.rename(made / "checkpoint")
         elif done.model is not None:
             done.model.save_pretrained(made / "checkpoint")
+            write_expectation(done.model, made / "checkpoint")
             if tokenizer is not None:
                 tokenizer.save_pretrained(made / "checkpoint")
-        if done.model is not None:
-            write_expectation(done.model, made)
         for name, folder in done.extras.items():
             folder.rename(made / name)
         _save_facts(record, made / "record.json")

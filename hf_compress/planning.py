@@ -17,6 +17,7 @@ from hf_compress.stages import Prune, Quantize, Shrink, Train
 from hf_compress.surgery import shrink
 from hf_compress.weights import weights
 
+REFUSED = "will be REFUSED: "
 FP8_BYTES = 1 + 4 / 128**2  # one byte a weight and one fp32 scale for each 128 x 128 block
 
 
@@ -71,16 +72,31 @@ def plan(recipe: Recipe) -> list[Planned]:
                 try:
                     entry.traits["packing"](model, bits=stage.bits, group_size=stage.group_size, **stage.options)
                 except CompressError as error:
-                    notes.append(f"will be REFUSED: {error.what}")
+                    notes.append(f"{REFUSED}{error.what} ({error.where}); {error.next_step}")
             notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]
             notes += [f"stays as it is: {len(names)} x {why}" for why, names in covered.skipped.items()]
             low = min(share, 1.0 if experts is None else experts)
             if low < stage.min_coverage:
-                notes.append(f"will be REFUSED: covers {low:.1%}, below min_coverage {stage.min_coverage:.0%}")
+                left = "; ".join(
+                    f"{len(names)} x {why}" for why, names in covered.skipped.items() if why in reasons.values()
+                )
+                notes.append(f"{REFUSED}covers {low:.1%}, below min_coverage {stage.min_coverage:.0%}: {left}")
         elif named.kind == "export":
             notes.append("a copy for ONNX Runtime lies in onnx/ beside the checkpoint")
         rows.append(_row(named.name, named.kind, model, bytes_now, share, experts, notes))
     return rows
+
+
+def require_possible(recipe: Recipe) -> None:
+    """Raise the first refusal that `plan` foresees, before any weight is read."""
+    for row in plan(recipe):
+        for note in row.notes:
+            if note.startswith(REFUSED):
+                raise CompressError(
+                    note.removeprefix(REFUSED),
+                    where=row.name,
+                    next_step="`hf-compress plan` shows what each container stores",
+                )
 
 
 def _row(

@@ -100,9 +100,9 @@ def load(path: str, overrides: list[str] | None = None) -> Recipe:
     try:
         raw = yaml.load(file.read_text(), _Loader)
     except yaml.YAMLError as error:
-        raise CompressError(
-            "the recipe is not YAML", where=f"{file}: {str(error).splitlines()[-1].strip()}"
-        ) from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f"{file}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(file)
+        raise CompressError(f"the recipe is not YAML: {problem or error}", where=place) from error
     if not isinstance(raw, dict):
         raise CompressError(
             "a recipe is a mapping of sections", where=str(file), next_step="sections: " + ", ".join(_SECTIONS)

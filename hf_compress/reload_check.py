@@ -33,7 +33,11 @@ def examine(folder: Path, tolerance: float) -> tuple[list[str], dict[str, Any]]:
     if pickles:
         problems.append("pickle files: " + ", ".join(pickles))
     config = json.loads((folder / "config.json").read_text())
-    model, info = getattr(transformers, config["architectures"][0]).from_pretrained(folder, output_loading_info=True)
+    # the kernels the answers were recorded with: in bfloat16 grouped and eager experts differ by more than 1e-3
+    routed = config.get("num_experts_per_tok") is not None and not torch.cuda.is_available()
+    options = {"experts_implementation": "eager"} if routed else {}
+    kind = getattr(transformers, config["architectures"][0])
+    model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(name):
             problems.append(f"{name}: {sorted(map(str, info[name]))[:3]}")

@@ -80,6 +80,8 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
         return AutoConfig.for_model(**copy.deepcopy(source.config))
     assert source.id is not None
     path = local_path(source.id)
+    if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        raise CompressError("no such folder", where=f"model.id {source.id!r}", next_step="check the path")
     try:
         return AutoConfig.from_pretrained(
             path, revision=source.revision or "main", trust_remote_code=False, **_gguf(source)

@@ -123,6 +123,12 @@ class CompressionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if "labels" not in inputs:
+            raise CompressError(
+                "the batches hold no labels",
+                where="train_dataset, data_collator",
+                next_step="for a language model: data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False)",
+            )
         labels = inputs["labels"]
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], labels.device)

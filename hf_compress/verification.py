@@ -35,7 +35,7 @@ def write_expectation(model: PreTrainedModel, folder: Path) -> None:
         zeros = int((whole == 0).sum()) if whole.is_floating_point() else 0
         if zeros > 0.01 * whole.numel():
             tensors[f"zeros.{parameter}"] = torch.tensor(zeros)
-    (folder / EXPECTATION).parent.mkdir(exist_ok=True)
+    (folder / EXPECTATION).parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / EXPECTATION)
 
 
@@ -58,8 +58,8 @@ def _probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def verify(*folders: Path, tolerance: float = TOLERANCE) -> dict[str, dict[str, Any]]:
-    """Open each folder in one fresh process where importing hf_compress fails; folder -> facts.
+def verify(*folders: str | Path, tolerance: float = TOLERANCE) -> dict[str, dict[str, Any]]:
+    """``verify("out")``: open each folder in one fresh process where importing hf_compress fails; folder -> facts.
 
     Checks: plain from_pretrained with the class the config names; no missing, unexpected or mismatched key; no pickle
     file; finite logits within `tolerance` of the largest, of what the model in memory gave; zeros still zero; ties
@@ -70,11 +70,11 @@ def verify(*folders: Path, tolerance: float = TOLERANCE) -> dict[str, dict[str, 
     """
     for folder in folders:
         for name in ("config.json", EXPECTATION):
-            if not (folder / name).exists():
+            if not (Path(folder) / name).exists():
                 raise CompressError(
                     f"no {name} here",
                     where=str(folder),
-                    next_step="verify takes a folder that `hf-compress run` finished",
+                    next_step="verify takes what `hf-compress run`, compress() or quantize() wrote",
                 )
     done = subprocess.run(
         [sys.executable, "-P", str(_CHILD), str(tolerance), *map(str, folders)], capture_output=True, text=True

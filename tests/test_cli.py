@@ -26,7 +26,14 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.parametrize(
     ("what", "holds"),
     [("losses", "forward_kl"), ("criteria", "wanda"), ("backends", "bitsandbytes"), ("families", "deepseek_v3")]
-    + [("solvers", "rtn"), ("stages", "shrink"), ("recipes", "quickstart"), ("techniques", "QAT")],
+    + [
+        ("solvers", "rtn"),
+        ("data", "completion_only"),
+        ("train", "extra_data"),
+        ("stages", "shrink"),
+        ("recipes", "quickstart"),
+        ("techniques", "QAT"),
+    ],
 )
 def test_lists(what: str, holds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "list", what) == 0
@@ -35,7 +42,7 @@ def test_lists(what: str, holds: str, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_plan_of_a_shipped_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "plan", "quickstart") == 0
-    assert "quantize (quantize)" in capsys.readouterr().out
+    assert "distil (train)" in capsys.readouterr().out
 
 
 def test_mistakes_are_short_and_exit_with_1(
@@ -83,6 +90,17 @@ def test_a_full_disk_or_a_damaged_file_is_a_panel_not_a_traceback(
     said = capsys.readouterr().err
     assert says in said
     assert "Traceback" not in said
+
+
+def test_an_interruption_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_compress.pipeline.compress", interrupt)
+    assert command(monkeypatch, "run", "quickstart", "--output", str(tmp_path / "out")) == 130
+    assert "run the same command again to go on (work so far: .out.work)" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_public_names_are_not_hidden_by_modules_of_the_same_name() -> None:

@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from hf_compress.backends import quantize
+from hf_compress.data import Data
+from hf_compress.errors import CompressError
+from hf_compress.evaluation import Evaluate, evaluate
 from hf_compress.evaluation.artefacts import open_folder
 from hf_compress.evaluation.cost import paired_latency, parameter_counts, sparsity
 from hf_compress.evaluation.quality import paired_difference
+from hf_compress.verification import verify
 from hf_compress.weights import weights
 from tests.models import tiny
+from tests.training import WORDS, save_reviews, save_tokenizer
 
 
 def test_equal_answers_differ_by_exactly_nothing() -> None:
@@ -56,6 +61,19 @@ def test_packed_models_have_the_parameters_they_had(name: str, backend: str, tmp
     opened = open_folder("root", str(tmp_path / "out"), "causal-lm")
     assert parameter_counts(opened.model) == parameter_counts(model)
     assert opened.weights_bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_folder_without_tokenizer_borrows_the_dense_models_or_says_so(tmp_path: Path) -> None:
+    tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path / "dense")
+    quantize(tiny("llama", vocab_size=len(WORDS)), tmp_path / "out", bits=8)
+    assert verify(str(tmp_path / "out"))[str(tmp_path / "out")]["logits_difference"] < 1e-3
+    data = Data(str(save_reviews(tmp_path / "reviews.csv")), eval_size=8)
+    spec = Evaluate(metrics=["quality"])
+    with pytest.raises(CompressError, match="neither folder holds a tokenizer"):
+        evaluate(tmp_path / "out", tmp_path / "dense", data=data, spec=spec)
+    save_tokenizer(tmp_path / "dense")
+    found = evaluate(str(tmp_path / "out"), str(tmp_path / "dense"), data=data, spec=spec)
+    assert found["artefacts"]["root"]["perplexity"]["n"] == 8
 
 
 def test_sparsity_counts_zeros() -> None:

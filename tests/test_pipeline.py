@@ -161,9 +161,12 @@ def test_measured_again_where_it_is_run(
     assert ModelCard(card).data.eval_results[0].metric_type == "perplexity"
 
 
-def test_bitsandbytes_is_refused_for_experts_by_coverage(decoder: dict[str, Any], tmp_path: Path) -> None:
+def test_bitsandbytes_is_refused_for_experts_by_coverage(
+    decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder["stages"] = [{"quantize": {"backend": "bitsandbytes", "bits": 8}}]
     assert any("REFUSED" in note for row in plan(parse(decoder)) for note in row.notes)
+    monkeypatch.setattr(pipeline, "load_model", None)  # refused before a weight is read
     with pytest.raises(CompressError, match=r"below min_coverage.*stacked experts"):
         compress(parse(decoder), tmp_path / "out")
 
@@ -204,6 +207,31 @@ def test_dropout_is_set_for_the_stage_alone(
     classifier["stages"][0]["train"]["dropout"] = 0.0
     compress(parse(classifier), tmp_path / "out")
     assert rates == [{0.1}, {0.0}, {0.1}]
+
+
+def test_classifiers_keep_the_names_of_their_labels(classifier: dict[str, Any], tmp_path: Path) -> None:
+    classifier["stages"], classifier["evaluate"] = classifier["stages"][:1], None
+    compress(parse(classifier), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {"0": "neg", "1": "pos"}
+    classifier["model"]["num_labels"] = 3
+    classifier["model"]["config"]["num_labels"] = 3
+    with pytest.raises(CompressError, match=r"the data has 2 labels \(neg, pos\), the model 3"):
+        compress(parse(classifier), tmp_path / "three")
+
+
+def test_a_recipe_that_is_not_yaml_names_the_place(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("name: x\nmodel: {id: y\nstages: []\n")
+    with pytest.raises(CompressError, match=r"bad.yaml, line 3, column"):
+        load(str(tmp_path / "bad.yaml"))
+
+
+def test_what_was_done_stands_in_the_card(decoder: dict[str, Any], tmp_path: Path) -> None:
+    decoder["stages"], decoder["evaluate"]["metrics"] = decoder["stages"][:1], ["quality"]
+    compress(parse(decoder), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`{criterion: wanda, sparsity: 0.5, pattern: '2:4', samples: 16}`" in card
+    assert "Calibrated or measured on" in card
+    assert "interleaved" not in card
 
 
 def test_lora_on_some_modules_covers_some(decoder: dict[str, Any], tmp_path: Path) -> None:
@@ -293,6 +321,7 @@ def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("stages", {"prune": {"sparsity": 0.9}}, "begins with a dash"),
         ("stages", [None], "begins with a dash"),
         ("stages/2/quantize/bits", 3, r"4 or 8 bits, not 3[\s\S]*stages\[2\].quantize.bits"),
+        ("stages/1/train/args/max_steps", "abc", r"valid integer[\s\S]*args.max_steps"),
         ("stages/2/quantize/method", "gptqq", "no solver 'gptqq'"),
         ("stages/2/quantize", {"backend": "bitsandbytes", "streaming": True}, "grids of its own"),
         ("stages/2/quantize/backend", "bitsandbites", r"unknown backend[\s\S]*did you mean 'bitsandbytes'"),
@@ -335,6 +364,8 @@ def test_yaml_words_reach_training_arguments(decoder: dict[str, Any], tmp_path: 
         ("data/split", "tests", r"no split 'tests'"),
         ("data/id", "nowhere.csv", "cannot read the data"),
         ("model/id", "package://no_such_package/model", "is not installed"),
+        ("model/id", "/no/such/folder", "no such folder"),
+        ("stages/2/quantize/group_size", 48, r"group sizes? [\s\S]*: 64, 32, 16"),
         ("stages/0/prune/pattern", "24:48", r"does not divide 64[\s\S]*model.layers.0"),
     ],
 )

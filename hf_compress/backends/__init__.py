@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.coverage import Coverage
 from hf_compress.errors import CompressError
 from hf_compress.registry import Registry
+from hf_compress.verification import write_expectation
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def quantize(
     scales: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Written:
-    """``quantize(model, "out", backend="compressed-tensors", bits=4, group_size=32)``: write a folder that plain
-    from_pretrained opens.
+    """``quantize(model, "out", backend="compressed-tensors", bits=4, group_size=32, tokenizer=tokenizer)``: write a
+    folder that plain from_pretrained opens and `verify` can check.
 
     `options` are the backend's own (``hf-compress list backends``); scales: weight name -> (out, groups), where a
     solver chose the grid (`OneshotReport.scales`; backends with a `packing`). Look at `Written.coverage`: what the
@@ -68,6 +69,7 @@ def quantize(
     chosen = {} if scales is None else {"scales": scales}
     try:
         written = entry.value(model, tokenizer, part, bits=bits, group_size=group_size, **options, **chosen)
+        write_expectation(written.model, part)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -82,7 +82,7 @@ class Packing:
             raise CompressError(
                 f"with experts every matrix must be packed, and here {reason}",
                 where=name,
-                next_step="pick a group size that divides all inputs: 32, 64",
+                next_step=f"group sizes that divide all inputs: {_dividing(found)}",
             )
         self._packed = {key for w in found if w.name not in self.reasons for key in w.stored}
         linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -151,6 +151,11 @@ class Packing:
             "ignore": ignored,
             "config_groups": {"group_0": group},
         }
+
+
+def _dividing(found: list[Weight]) -> str:
+    sizes = [size for size in (256, 128, 64, 32, 16) if all(w.shape[1] % size == 0 for w in found)]
+    return ", ".join(map(str, sizes)) or "none; leave group_size out"
 
 
 def _numbers(bits: int, *, dynamic: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_compress.backends.onnx import export_onnx
 from hf_compress.data import Data, prepare
@@ -79,6 +79,18 @@ def evaluate(
         torch.set_num_threads(threads)
 
 
+def _tokenizer(*places: str | Path) -> PreTrainedTokenizerBase:
+    for place in places:
+        if not Path(place).is_dir() or (Path(place) / "tokenizer_config.json").exists():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            return tokenizer
+    raise CompressError(
+        "neither folder holds a tokenizer",
+        where=f"evaluate: {', '.join(map(str, places))}",
+        next_step="save one there: tokenizer.save_pretrained(folder), or quantize(..., tokenizer=tokenizer)",
+    )
+
+
 def _measure(folder: Path, dense: str, spec: Evaluate, data: Data | None, task: str, seed: int) -> dict[str, Any]:
     artefacts = [open_folder("dense", dense, task), open_folder("root", str(folder), task)]
     files = sorted((folder / "onnx").glob("*.onnx"))
@@ -106,7 +118,7 @@ def _measure(folder: Path, dense: str, spec: Evaluate, data: Data | None, task: 
         if artefact.model is not None and "size" in spec.metrics:
             each[artefact.name] |= parameter_counts(artefact.model)
     if "quality" in spec.metrics and data is not None:
-        prepared = prepare(data, AutoTokenizer.from_pretrained(folder), task=task)
+        prepared = prepare(data, _tokenizer(folder, dense), task=task)
         for name, found in quality(
             artefacts, prepared, task, spec.max_examples, with_kl="kl" in spec.metrics, seed=seed
         ).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ class Work:
     it is interrupted.
     stages: name of each finished stage (and ``dense``) -> its checkpoint, what `teacher_model` may name.
     task: ``causal-lm`` or ``text-classification``. quantized: backend that packed the weights, "" while they are
-    floating.
+    floating. say: tells the person what happens.
     """
 
     source: ModelSource
@@ -35,6 +36,7 @@ class Work:
     stages: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     quantized: str = ""
+    say: Callable[[str], None] = lambda _: None
 
     @cached_property
     def model(self) -> PreTrainedModel:

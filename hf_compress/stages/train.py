@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import signal
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.coverage import coverage
@@ -25,7 +27,11 @@ from hf_compress.techniques.qat import QAT
 from hf_compress.trainer import CompressionTrainer
 from hf_compress.weights import KINDS, weights
 
-_ARGUMENTS = {f.name for f in dataclasses.fields(TrainingArguments)}
+_ARGUMENTS = {  # name -> type
+    name: kind
+    for name, kind in typing.get_type_hints(TrainingArguments).items()
+    if name in {f.name for f in dataclasses.fields(TrainingArguments)}
+}
 _OURS = {
     "output_dir": "the run's folder is chosen by --output",
     "seed": "set the recipe's own `seed`",
@@ -73,6 +79,14 @@ class Train(Stage):
                 )
             if value is False and key.endswith("_strategy"):
                 self.args[key] = "no"  # YAML reads no as false
+            try:
+                TypeAdapter(_ARGUMENTS[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
+                    self.args[key]
+                )
+            except ValidationError as error:
+                raise CompressError(
+                    f"{error.errors()[0]['msg']} (got {value!r})", where=f"{where}.args.{key}"
+                ) from error
         try:
             self._arguments("unused", 0)
         except (ValueError, TypeError, ImportError) as error:
@@ -99,6 +113,7 @@ class Train(Stage):
 
     def run(self, work: Work) -> Done:
         model = work.model
+        self._name_labels(model, work)
         frozen = self._freeze(model)
         before = self._set_dropout(model)
         student: torch.nn.Module = self._with_lora(model, work) if self.lora is not None else model
@@ -116,8 +131,11 @@ class Train(Stage):
             processing_class=work.tokenizer,
             callbacks=[stop],
         )
+        earlier = _last_whole_checkpoint(work.folder / "trainer")
+        if earlier is not None:
+            work.say(f"  going on from {Path(earlier).name}")
         with stop:
-            outcome = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work.folder / "trainer"))
+            outcome = trainer.train(resume_from_checkpoint=earlier)
         facts = {
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
@@ -193,6 +211,21 @@ class Train(Stage):
         for name in frozen:
             model.get_parameter(name).requires_grad_(False)
         return frozen
+
+    @staticmethod
+    def _name_labels(model: PreTrainedModel, work: Work) -> None:
+        """Give a classifier the data's label names, where it has only LABEL_0, LABEL_1."""
+        labels = work.prepared.labels
+        if labels and len(labels) != model.config.num_labels:
+            raise CompressError(
+                f"the data has {len(labels)} labels ({', '.join(labels[:5])}), the model {model.config.num_labels}",
+                where="model.num_labels",
+                next_step=f"num_labels: {len(labels)}, or filter the data",
+            )
+        unnamed = all(str(name).startswith("LABEL_") for name in (model.config.id2label or {}).values())
+        if labels and unnamed and not all(name.isdigit() for name in labels):
+            model.config.id2label = dict(enumerate(labels))
+            model.config.label2id = {name: index for index, name in enumerate(labels)}
 
     def _set_dropout(self, model: PreTrainedModel) -> dict[torch.nn.Dropout, float]:
         """Each dropout layer with the rate it had."""

@@ -25,6 +25,7 @@ def record(name: str, *, what: str, command: str, figures: list[dict[str, Any]],
 
     found = {"what": what, "command": command, "date": time.strftime("%Y-%m-%d"), "figures": figures}
     path = HERE / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found | {"machine": machine_facts()} | facts, indent=2) + "\n")
     render()
 

@@ -130,6 +130,12 @@ def test_the_container_stores_what_qat_simulated(tmp_path: Path) -> None:
         torch.testing.assert_close(written.model(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_experts_in_bfloat16_answer_as_recorded(tmp_path: Path) -> None:
+    model = tiny("deepseek_v3", n_routed_experts=8, num_hidden_layers=4).to(torch.bfloat16)
+    quantize(model, tmp_path / "out", backend="compressed-tensors", bits=4, group_size=32)
+    assert verify(str(tmp_path / "out"))[str(tmp_path / "out")]["logits_difference"] == 0.0
+
+
 def test_weights_that_are_not_finite_are_named_and_nothing_is_left(tmp_path: Path) -> None:
     model = tiny("llama")
     weights(model)[3].matrix[0, 0] = torch.nan

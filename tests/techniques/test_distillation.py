@@ -102,6 +102,13 @@ def test_one_technique_of_a_kind_one_run_a_trainer_and_known_heads(tmp_path: Pat
         run.train()
 
 
+def test_batches_without_labels_are_explained(tmp_path: Path) -> None:
+    run = trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", seed=1))])
+    run.data_collator = lambda batch: {k: v for k, v in collate(batch).items() if k != "labels"}
+    with pytest.raises(CompressError, match="DataCollatorForLanguageModeling"):
+        run.train()
+
+
 def test_projections_serve_a_student_in_bfloat16(tmp_path: Path) -> None:
     student, teacher = tiny("llama").to(torch.bfloat16), tiny("llama", hidden_size=128)
     run = trainer(student, tmp_path, [Distillation(teacher, hidden_weight=1.0)])
