@@ -89,15 +89,15 @@ def sparsity(model: PreTrainedModel) -> float | None:
 
 
 def memory_after_forward(folder: str, task: str, length: int) -> float:
-    """MiB of anonymous memory a fresh process holds more after plain from_pretrained and one forward than before
-    it."""
+    """MiB of resident memory a fresh process holds more after plain from_pretrained and one forward than before it.
+    Weights that are mapped from their file count, since the forward needs them in memory."""
     code = (
         "import gc, sys, psutil, torch, transformers\n"
         "transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()\n"
-        "auto = getattr(transformers, sys.argv[2]); info = psutil.Process().memory_info\n"
-        "before = info().rss - info().shared\nmodel = auto.from_pretrained(sys.argv[1]).eval()\n"
+        "auto = getattr(transformers, sys.argv[2]); rss = lambda: psutil.Process().memory_info().rss\n"
+        "before = rss()\nmodel = auto.from_pretrained(sys.argv[1]).eval()\n"
         "with torch.no_grad(): model(input_ids=torch.full((1, int(sys.argv[3])), 7))\n"
-        "gc.collect(); print('MB', (info().rss - info().shared - before) / 2**20)\n"
+        "gc.collect(); print('MB', (rss() - before) / 2**20)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, folder, TASKS[task], str(length)], capture_output=True, text=True
