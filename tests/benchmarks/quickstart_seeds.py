@@ -66,7 +66,7 @@ def main() -> None:
         "quickstart_seeds",
         what=f"The quickstart recipe, whole, seeds {args.seeds}: MiniLM on Rotten Tomatoes, each against its own "
         "dense model. Sizes and speeds show the worst seed.",
-        command="python tests/benchmarks/quickstart_seeds.py",
+        command=f"python tests/benchmarks/quickstart_seeds.py --seeds {' '.join(map(str, args.seeds))}",
         figures=figures,
         seconds={seed: sum(s["seconds"] for s in facts["stages"]) for seed, facts in runs.items()},
         versions=next(iter(runs.values()))["versions"],
