@@ -1,7 +1,6 @@
 # The commands a person types. `make demo` and `make test` install what they need into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-export OMP_WAIT_POLICY = passive
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: install demo test check clean
@@ -21,7 +20,7 @@ demo: install
 	$(BIN)/hf-compress run quickstart --output outputs/quickstart --overwrite
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 check: install
 	$(BIN)/ruff format --check hf_compress tests
