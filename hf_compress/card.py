@@ -72,7 +72,7 @@ def render_card(facts: dict[str, Any]) -> str:
         stages=list(zip(facts["stages"], map(_options, facts["recipe"]["stages"]), strict=True)),
         trained=any(s["kind"] == "train" for s in facts["stages"]),
         few=_few(facts),
-        timed="latency" in ((facts["evaluation"] or {}).get("artefacts") or {}).get("root", {}),
+        timed="latency" in _root(facts),
         smaller_than_source=_against_source(facts),
         auto=("AutoModelForCausalLM" if facts["task"] == "causal-lm" else "AutoModelForSequenceClassification"),
         masked=any(s["kind"] == "prune" or "Pruning" in (s["facts"].get("techniques") or {}) for s in facts["stages"]),
@@ -80,9 +80,15 @@ def render_card(facts: dict[str, Any]) -> str:
     )
 
 
+def _root(facts: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of the checkpoint at the folder's root; {} when nothing was."""
+    found: dict[str, Any] = facts["evaluation"]["artefacts"]["root"] if facts["evaluation"] else {}
+    return found
+
+
 def _against_source(facts: dict[str, Any]) -> str:
     """Bytes against the source's own files where these are not the dense model of the table (FP8, GGUF); else ""."""
-    root = ((facts["evaluation"] or {}).get("artefacts") or {}).get("root", {})
+    root = _root(facts)
     source, dense = facts.get("source_bytes"), facts["evaluation"] and facts["evaluation"]["artefacts"]["dense"]
     if not source or "bytes" not in root or abs(source / dense["bytes"] - 1) < 0.01:
         return ""
@@ -167,7 +173,7 @@ def _metadata(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _model_index(facts: dict[str, Any]) -> dict[str, Any]:
     """What the Hub shows beside the card: the measured quality of the root checkpoint."""
-    root = ((facts["evaluation"] or {}).get("artefacts") or {}).get("root", {})
+    root = _root(facts)
     results = [
         EvalResult(
             task_type=PIPELINES[facts["task"]],
@@ -192,7 +198,7 @@ def _options(entry: Any) -> str:
 
 def _few(facts: dict[str, Any]) -> int | None:
     """How many rows quality was measured on, when too few to tell."""
-    root = ((facts["evaluation"] or {}).get("artefacts") or {}).get("root", {})
+    root = _root(facts)
     rows: int | None = next((root[name]["n"] for name in ("accuracy", "perplexity") if name in root), None)
     return rows if rows is not None and rows < 30 else None
 

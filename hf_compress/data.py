@@ -150,7 +150,7 @@ def _check(data: Data, tokenizer: PreTrainedTokenizerBase, task: str) -> None:
         wrong = "completion_only needs a prompt_column or a messages_column"
     elif data.messages_column and tokenizer.chat_template is None:
         wrong = "the tokenizer has no chat template for messages_column"
-    elif data.streaming and isinstance(data.eval_size, float) and data.eval_split is None:
+    elif data.streaming and isinstance(data.eval_size, float) and not (data.eval_split and data.max_eval_samples):
         wrong = f"a stream has no share of {data.eval_size} to hold out: eval_size must be a number of rows"
     if wrong:
         raise CompressError(wrong, where=f"data: {data.id}", next_step="mend the data: section")

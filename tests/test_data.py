@@ -125,6 +125,7 @@ def test_a_recipe_trains_from_a_stream(tmp_path: Path) -> None:
         ({"completion_only": True}, "needs a prompt_column"),
         ({"messages_column": "text"}, "no chat template"),
         ({"streaming": True}, "number of rows"),
+        ({"streaming": True, "eval_split": "train"}, "number of rows"),
         ({"id": "nowhere.csv"}, "cannot read the data"),
     ],
 )
