@@ -3,31 +3,65 @@ keep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_compress.errors import CompressError
 from hf_compress.registry import Registry
 
 
 @dataclass
 class Statistics:
-    """What calibration saw of one weight matrix (out, in). A field is None unless a criterion's `needs` names it.
+    """What calibration or training saw of one weight matrix (out, in). A field is None unless a criterion's `needs`
+    names it.
 
+    tokens: how many tokens reached this weight.
     input_norm: (in,) fp32, sqrt(sum over tokens of g^2 x_j^2), g the router weight of an expert's token (1 elsewhere).
     hessian: (in, in) fp32, sum over tokens of g^2 x x^T.
-    gradient: (out, in), mean gradient of the task loss.
-    tokens: how many tokens reached this weight.
+    gradient: (out, in) fp32, mean gradient of the loss over batches (steps, in training).
+    fisher: (out, in) fp32, mean over the same of the squared gradient, the diagonal of the empirical Fisher matrix.
+    movement: (out, in) fp32, sum over training steps of -gradient * weight.
+    seed: of the random control: see `seed_of`.
     """
 
     tokens: int = 0
     input_norm: Tensor | None = None
     hessian: Tensor | None = None
     gradient: Tensor | None = None
+    fisher: Tensor | None = None
+    movement: Tensor | None = None
+    seed: int = 0
 
 
 Criterion = Callable[[Tensor, Statistics], Tensor]
 """``criterion(weight (out, in), statistics) -> (out, in)`` in fp32. Trait `needs`: the Statistics fields it reads."""
 
 criteria: Registry[Criterion] = Registry("criterion", __name__)
+
+ONESHOT = frozenset({"input_norm", "hessian", "gradient", "fisher"})
+"""What calibration can collect."""
+TRAINING = frozenset({"input_norm", "gradient", "fisher", "movement"})
+"""What a training run can collect."""
+
+
+def seed_of(name: str, seed: int = 0) -> int:
+    """The seed of a weight: other names give other numbers, the same name the same one in every process."""
+    return zlib.crc32(f"{seed} {name}".encode())
+
+
+def usable(criterion: str, collected: Collection[str], *, during: str, where: str) -> None:
+    """Raise a `CompressError` unless everything that `criterion` needs is in `collected` (`ONESHOT` or `TRAINING`).
+
+    during: ``one-shot pruning`` or ``training``, for the message.
+    """
+    lacking = set(criteria.entry(criterion, where=where).traits["needs"]) - set(collected)
+    if lacking:
+        known = [entry.name for entry in criteria if set(entry.traits["needs"]) <= set(collected)]
+        raise CompressError(
+            f"{criterion!r} needs the {' and '.join(sorted(lacking))}, which {during} does not collect",
+            where=where,
+            next_step="use one of " + ", ".join(known),
+        )
