@@ -3,25 +3,23 @@ save, resume, finalize."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.errors import CompressError
 from hf_compress.techniques.base import Step, Technique
 from hf_compress.techniques.distillation import Distillation
+from hf_compress.techniques.lora import merged
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
+from hf_compress.techniques.state import load_state, save_state
 from hf_compress.weights import base_of
-
-STATE_FILE = "compression_state.safetensors"
 
 
 class CompressionTrainer(Trainer):
@@ -44,6 +42,7 @@ class CompressionTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    model: Any
 
     def __init__(
         self,
@@ -189,6 +188,9 @@ class CompressionTrainer(Trainer):
         self.accelerator.unwrap_model(
             self.model, keep_fp32_wrapper=False
         )  # else its forward stays inside bf16 autocast for ever
+        plain = merged(self.model)
+        if plain is not self.model:
+            self.model = self.model_wrapped = plain
         for technique in self.techniques:
             technique.finalize(self.model)
         return outcome
@@ -202,26 +204,18 @@ class CompressionTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            tensors = {
-                f"{type(t).__name__}/{k}": v.detach().cpu().contiguous()
-                for t in self.techniques
-                for k, v in t.state().items()
-            }
-            save_file(tensors, folder / STATE_FILE, {"techniques": self._signature()})
+            save_state(folder, self.techniques)
         super()._save_checkpoint(model, trial)
-
-    def _signature(self) -> str:
-        return json.dumps([type(t).__name__ for t in self.techniques])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_weights(resume_from_checkpoint)
-        self._load_state(Path(resume_from_checkpoint))
+        load_state(Path(resume_from_checkpoint), self.techniques)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
         self._load_weights(best)
-        self._load_state(Path(best))
+        load_state(Path(best), self.techniques)
 
     def _load_weights(self, folder: str) -> None:
         """Through from_pretrained: the raw state dict holds experts one by one, and loading it leaves the stacked
@@ -238,28 +232,6 @@ class CompressionTrainer(Trainer):
                 next_step="missing: " + ", ".join(sorted(info["missing_keys"])[:5]),
             )
         student.load_state_dict(saved.state_dict())
-
-    def _load_state(self, folder: Path) -> None:
-        if not (folder / STATE_FILE).exists():
-            raise CompressError(
-                "the checkpoint holds no state of the techniques",
-                where=str(folder),
-                next_step="resume a run of CompressionTrainer",
-            )
-        from safetensors import safe_open
-
-        with safe_open(folder / STATE_FILE, "pt") as opened:
-            before = opened.metadata()["techniques"]
-        if before != self._signature():
-            raise CompressError(
-                f"the checkpoint was written with the techniques {before}, this run has {self._signature()}",
-                where=str(folder),
-                next_step="resume with the same techniques, or start a new run",
-            )
-        tensors = load_file(folder / STATE_FILE)
-        for technique in self.techniques:
-            prefix = f"{type(technique).__name__}/"
-            technique.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
 
 class _OwnParameters(TrainerCallback):

@@ -23,4 +23,5 @@ def gradient_activation(weight: Tensor, statistics: Statistics) -> Tensor:
     assert statistics.fisher is not None
     assert statistics.input_norm is not None
     inputs = statistics.input_norm / max(1, statistics.tokens) ** 0.5
-    return weight.abs().float() * (ALPHA * statistics.fisher.sqrt() + inputs)
+    balance: Tensor = ALPHA * statistics.fisher.sqrt() + inputs
+    return weight.abs().float() * balance

@@ -117,6 +117,7 @@ class Train(Stage):
         frozen = self._freeze(model)
         before = self._set_dropout(model)
         student: torch.nn.Module = self._with_lora(model, work) if self.lora is not None else model
+        adapted = {name.split(".lora_A")[0] for name, _ in student.named_modules() if ".lora_A" in name}
         techniques = [self._resolved(technique, work) for technique in self.techniques]
         arguments = self._arguments(str(work.folder / "trainer"), work.seed)
         stop = _StopAfterSaving()
@@ -148,8 +149,9 @@ class Train(Stage):
             facts["techniques"]["Distillation"]["teacher"] = (
                 self.distill.teacher_model
             )  # its name, not a scratch folder
-        adapted = {name.split(".lora_A")[0] for name, _ in student.named_modules() if ".lora_A" in name}
-        if self.lora is not None:
+        if (
+            self.lora is not None
+        ):  # train() has merged them where masks or grids act on W + BA; then nothing is left to do
             model = student.merge_and_unload()  # type: ignore[operator]
         for module, p in before.items():
             module.p = p

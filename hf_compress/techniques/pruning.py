@@ -2,176 +2,268 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_compress.criteria import Statistics, criteria
-from hf_compress.errors import CompressError
-from hf_compress.patterns import check_target, mask_of
+from hf_compress.budgets import given, owl
+from hf_compress.criteria import TRAINING, criteria, usable
+from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.masks import sha256
+from hf_compress.patterns import GROUPS, NM, check_fits, check_target, parse_pattern
+from hf_compress.selection import without
 from hf_compress.techniques.base import Technique
-from hf_compress.weights import weights
+from hf_compress.techniques.choosing import chosen, owl_sparsities, present
+from hf_compress.techniques.gathering import GRADIENTS, Gathered
+from hf_compress.techniques.lora import check_teacher, merge_in_forward
+from hf_compress.techniques.masking import Masks
+from hf_compress.techniques.rewinding import Snapshot
+from hf_compress.techniques.schedule import Plan, check_schedule, parse_when, steps_in_epoch
+from hf_compress.weights import Weight, weights
 
+if TYPE_CHECKING:
+    from hf_compress.trainer import CompressionTrainer
 
-def scheduled_sparsity(progress: float, *, schedule: str, initial: float, final: float) -> float:
-    """Sparsity after `progress` (0 to 1) of the schedule.
-
-    cubic: s_f + (s_i - s_f)(1 - progress)^3 (Zhu and Gupta 2017, https://arxiv.org/abs/1710.01878); linear: the
-    straight line;
-    constant: s_f from the start.
-    """
-    progress = min(1.0, max(0.0, progress))
-    left = {"cubic": (1 - progress) ** 3, "linear": 1 - progress, "constant": 0.0}[schedule]
-    return final + (initial - final) * left
+BUDGETS = ("uniform", "owl")
 
 
 @dataclass(eq=False)
 class Pruning(Technique):
     """``Pruning(sparsity=0.5, pattern="2:4")``: masks over every attention, FFN and expert matrix.
 
-    A mask is chosen by the criterion among what is left, so masks are nested, and is applied to the weights and to
-    the optimizer's moments after every optimizer step. With ``schedule="constant", begin=0`` an already pruned model
-    keeps exactly its zeros.
+    A mask is chosen by the criterion among what is left, so masks are nested; it holds on gradients, weights and the
+    optimizer's moments from then on. With LoRA it acts on W + BA in the forward, and train() ends with the adapters
+    merged: `trainer.model` is then the plain model. Moments (`begin`, `end`, `every`, `rewind_to`) are shares of all
+    steps (0.75), steps (200) or epochs (``"2 epochs"``).
     """
 
-    sparsity: float = field(default=0.5, metadata={"help": "share of each matrix that ends as zero"})
-    pattern: str = field(default="unstructured", metadata={"help": "unstructured, or N:M along the inputs (2:4)"})
+    sparsity: float = field(default=0.5, metadata={"help": "share of all masked weights that ends as zero"})
+    pattern: str = field(
+        default="unstructured",
+        metadata={"help": "unstructured; N:M along the inputs (2:4); blocks of outputs x inputs (4x1)"},
+    )
     criterion: str = field(
         default="magnitude", metadata={"help": "importance of a weight: see `hf-compress list criteria`"}
     )
-    schedule: str = field(default="cubic", metadata={"help": "cubic, linear or constant"})
+    group: str | None = field(
+        default=None,
+        metadata={"help": "what competes: each row, each layer (one matrix), or global (all); none = the criterion's"},
+    )
+    schedule: str = field(
+        default="cubic",
+        metadata={"help": "cubic, linear, oneshot, iterative (prune, retrain, again), or constant (keep the zeros)"},
+    )
     initial_sparsity: float = field(default=0.0, metadata={"help": "sparsity where the schedule begins"})
-    begin: float = field(default=0.0, metadata={"help": "where the schedule begins, as a share of all steps"})
-    end: float = field(default=0.75, metadata={"help": "where it ends; the rest of the run recovers"})
-    every: int = field(default=10, metadata={"help": "steps between two mask updates"})
+    begin: float | str = field(
+        default=0.0, metadata={"help": "where pruning begins: a share of all steps, steps, or '2 epochs'"}
+    )
+    end: float | str = field(
+        default=0.75, metadata={"help": "where the last mask is chosen; the rest of the run recovers"}
+    )
+    every: float | str = field(default=10, metadata={"help": "steps (or share, or epochs) between two mask updates"})
+    cycles: int | None = field(default=None, metadata={"help": "iterative: how many times to prune and retrain"})
+    rewind_to: float | str | None = field(
+        default=None, metadata={"help": "iterative: after each cut, survivors go back to their values at this moment"}
+    )
+    budget: str = field(
+        default="uniform", metadata={"help": "sparsity of a block: uniform, or owl (blocks with outliers keep more)"}
+    )
+    sparsities: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "regular expression -> sparsity of the weights it finds, for some"}
+    )
     skip: list[str] = field(default_factory=list, metadata={"help": "regular expressions of weights to leave dense"})
 
     def check(self) -> None:
         check_target(self.sparsity, self.pattern)
-        entry = criteria.entry(self.criterion, where="prune.criterion")
-        if entry.traits["needs"]:
+        usable(self.criterion, TRAINING, during="training", where="prune.criterion")
+        check_schedule(self.schedule)
+        if self.budget not in BUDGETS:
             raise CompressError(
-                f"{self.criterion!r} needs calibration statistics, which a training run does not collect",
-                where="prune.criterion",
-                next_step="use magnitude here",
+                f"unknown budget {self.budget!r}", where="prune.budget", next_step=did_you_mean(self.budget, BUDGETS)
             )
-        if self.schedule not in ("cubic", "linear", "constant"):
+        if self.group is not None and self.group not in GROUPS:
             raise CompressError(
-                f"unknown schedule {self.schedule!r}", where="prune.schedule", next_step="cubic, linear or constant"
+                f"unknown group {self.group!r}", where="prune.group", next_step=did_you_mean(self.group, GROUPS)
             )
-        if not (0 <= self.begin <= self.end <= 1 and self.begin < 1 and self.every > 0):
-            raise CompressError("0 <= begin <= end <= 1, begin below 1 and every above 0", where="prune")
+        if self.budget == "owl":
+            owl({0: 0.0}, {0: 1}, sparsity=self.sparsity)
+        iterative, shared = self.schedule == "iterative", self.budget != "uniform" or bool(self.sparsities)
+        blind = self.schedule in ("oneshot", "iterative") or self.initial_sparsity > 0
+        number, unit = parse_when(self.begin, where="prune.begin")
+        for when, where in ((self.end, "end"), (self.every, "every"), (self.rewind_to or 0, "rewind_to")):
+            parse_when(when, where=f"prune.{where}")
+        ends, same_unit = parse_when(self.end, where="prune.end")
+        nm = isinstance(parse_pattern(self.pattern), NM)
+        wrong = {
+            ("initial_sparsity is not between 0 and sparsity", "initial_sparsity"): not (
+                0 <= self.initial_sparsity <= self.sparsity
+            ),
+            ("begin is after end", "begin"): same_unit == unit and number > ends and not self._at_once,
+            ("it begins where the run ends", "begin"): (number, unit) == (1, "share"),
+            ("zeros that are there are kept from the first step on", "begin"): self.schedule == "constant"
+            and number > 0,
+            ("the iterative schedule needs a number of cycles", "cycles"): iterative and (self.cycles or 0) < 1,
+            ("cycles and rewind_to belong to the iterative schedule", "schedule"): not iterative
+            and not (self.cycles is None and self.rewind_to is None),
+            (f"{self.pattern} compares within its own groups", "group"): nm and self.group is not None,
+            (f"{self.pattern} gives every block the same sparsity", "budget"): nm and shared,
+            ("one threshold over all matrices leaves no budgets", "group"): self.group == "global" and shared,
+            ("owl and given sparsities are two budgets", "budget"): self.budget == "owl" and bool(self.sparsities),
+            (f"{self.criterion!r} looks at steps before the first mask, and there are none", "begin"): number == 0
+            and blind
+            and bool(self._needs),
+        }
+        for (what, where), is_so in wrong.items():
+            if is_so:
+                raise CompressError(what, where=f"prune.{where}", next_step="see `hf-compress list prune-in-training`")
+
+    @property
+    def _needs(self) -> tuple[str, ...]:
+        return () if self.schedule == "constant" else criteria.entry(self.criterion).traits["needs"]
+
+    @property
+    def _at_once(self) -> bool:
+        return self.schedule in ("oneshot", "constant")
 
     def attach(self, model: nn.Module) -> None:
-        if hasattr(model, "peft_config"):
-            raise CompressError(
-                "a mask must hold on W + BA, and adapters are merged after training",
-                where="prune",
-                next_step="train the whole weights under a mask, or prune after merging",
-            )
-        self._weights = [w for w in weights(model) if not any(re.search(pattern, w.name) for pattern in self.skip)]
+        everything = weights(model)
+        names = without([w.name for w in everything], self.skip, where="prune.skip")
+        self._weights = [w for w in everything if w.name in set(names)]
         for weight in self._weights:
-            mask_of(
-                torch.zeros(1, weight.matrix.shape[1]), sparsity=self.sparsity, pattern=self.pattern
-            )  # N:M must divide the inputs
-        self._masks: dict[str, Tensor] = {}
+            check_fits(weight.shape, self.pattern, where=weight.name)
+        self._own = given(names, self.sparsities, sparsity=self.sparsity, where="prune.sparsities")
+        self._adapted = merge_in_forward(model, self._weights, where="prune")
+        if self._adapted and GRADIENTS & set(self._needs):
+            raise CompressError(
+                f"{self.criterion!r} needs gradients of the weights, and with LoRA only A and B have any",
+                where="prune.criterion",
+                next_step="use magnitude or wanda, or train the whole weights",
+            )
+        self._masks = Masks(self._weights, self._adapted)
+        for parameter, layer in self._adapted.items():
+            layer.changes.append(partial(self._masks.masked, parameter))
+        self._gathered = Gathered(model, self._weights, self._needs)
+        self._snapshot = Snapshot(model)
+        self._plan: Plan | None = None
+        self._seed, self._shared = 0, False  # shared: owl's budgets are made
+        if self.schedule == "constant":
+            present(self._weights, sparsity=self.sparsity, pattern=self.pattern)  # says before training what is wrong
+
+    def prepare(self, trainer: CompressionTrainer) -> None:
+        check_teacher(trainer.techniques, self._weights, self._adapted, where="prune")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._seed = args.seed
+        self._plan = Plan.of(
+            state,
+            steps_in_epoch(args, kwargs["train_dataloader"]),
+            schedule=self.schedule,
+            begin=self.begin,
+            end=self.end,
+            every=self.every,
+            cycles=self.cycles,
+            rewind_to=self.rewind_to,
+            waits=bool(self._needs),
+        )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        first, last = int(self.begin * state.max_steps), self._last(state.max_steps)
-        step = state.global_step
-        if (
-            step < first
-            or (self._masks and step > last)
-            or (self._masks and (step - first) % self.every and step != last)
-        ):
+        assert self._plan is not None
+        step, optimizer = state.global_step, kwargs["optimizer"]
+        if step == self._plan.rewind:
+            self._snapshot.take(optimizer)
+        if not self._plan.due(step):
             return
-        if self.schedule == "constant" and self._masks:
-            return
-        progress = 1.0 if step >= last else (step - first) / (last - first)
-        sparsity = scheduled_sparsity(
-            progress, schedule=self.schedule, initial=self.initial_sparsity, final=self.sparsity
-        )
-        score, group = criteria[self.criterion], criteria.entry(self.criterion).traits["group"]
-        self._masks = {
-            w.name: mask_of(score(w.matrix, Statistics()), sparsity=sparsity, pattern=self.pattern, group=group)
-            for w in self._weights
-        }
-        self._apply(kwargs.get("optimizer"))
+        if self.schedule == "constant":
+            found = present(self._weights, sparsity=self.sparsity, pattern=self.pattern)
+        else:
+            found = self._choose(self._plan.sparsity(step, initial=self.initial_sparsity, final=self.sparsity))
+        for weight, mask in found:
+            self._masks.set(weight, mask)
+        if self._snapshot and step != self._plan.rewind:
+            self._snapshot.restore(optimizer)
+        self._masks.apply(optimizer)
+        self._gathered.reset()
+
+    @torch.no_grad()
+    def _choose(self, sparsity: float) -> list[tuple[Weight, Tensor]]:
+        criterion = criteria.entry(self.criterion)
+        if sparsity == 0:  # nothing to rank yet, and perhaps no statistics to rank by
+            return [(w, self._masks.of(w)) for w in self._weights]
+
+        def score(weight: Weight) -> Tensor:
+            return criterion.value(self._matrix(weight), self._gathered.statistics(weight, self._seed))
+
+        if self.budget == "owl" and not self._shared:
+            self._own, self._shared = owl_sparsities(score, self._weights, sparsity=self.sparsity), True
+        shares = {name: own / self.sparsity for name, own in self._own.items()}
+        group = self.group or criterion.traits["group"]
+        return list(chosen(score, self._masks, sparsity=sparsity, shares=shares, pattern=self.pattern, group=group))
+
+    def _matrix(self, weight: Weight) -> Tensor:
+        layer = self._adapted.get(weight.parameter)
+        return weight.matrix if layer is None else weight.of(layer.weight())
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._gathered.add_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._apply(kwargs.get("optimizer"))
-
-    @torch.no_grad()
-    def _apply(self, optimizer: torch.optim.Optimizer | None) -> None:
-        for weight in self._weights if self._masks else []:
-            mask = self._masks[weight.name]
-            weight.matrix.masked_fill_(~mask, 0)
-            for moment in (optimizer.state.get(weight.whole, {}) if optimizer is not None else {}).values():
-                if isinstance(moment, Tensor) and moment.shape == weight.whole.shape:
-                    weight.of(moment).masked_fill_(~mask, 0)
+        self._masks.apply(kwargs["optimizer"])
 
     def settled(self, step: int, max_steps: int) -> bool:
-        return step > self._last(max_steps)
-
-    def _last(self, max_steps: int) -> int:
-        """The step before which the final mask is chosen; at least one step trains under it."""
-        return min(int(self.end * max_steps), max_steps - 1)
+        return self._plan is not None and step > self._plan.last
 
     def state(self) -> dict[str, Tensor]:
-        return {name: _packed(mask) for name, mask in self._masks.items()}
+        parts = {"mask": self._masks.state(), "gathered": self._gathered.state(), "rewind": self._snapshot.state()}
+        own = {"budget": torch.tensor([self._own[w.name] for w in self._weights], dtype=torch.float64)}
+        return {f"{part} {key}": value for part, kept in parts.items() for key, value in kept.items()} | (
+            own if self._shared else {}
+        )
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        if state and set(state) != {w.name for w in self._weights}:
-            raise CompressError(
-                "the checkpoint's masks are of other weights",
-                where="resume",
-                next_step="resume with the recipe that was interrupted",
-            )
-        self._masks = (
-            {w.name: _unpacked(state[w.name], w.shape).to(w.whole.device) for w in self._weights} if state else {}
-        )
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{name} "): v for k, v in state.items() if k.startswith(f"{name} ")}
+
+        self._masks.load(part("mask"))
+        self._gathered.load(part("gathered"))
+        self._snapshot.load(part("rewind"))
+        if "budget" in state:
+            own = zip((w.name for w in self._weights), state["budget"].tolist(), strict=True)
+            self._own, self._shared = dict(own), True
 
     def finalize(self, model: nn.Module) -> None:
         if not self._masks:
             raise CompressError(
                 "the run ended before pruning began", where="prune.begin", next_step="lower begin, or train longer"
             )
-        self._apply(None)
+        self._gathered.close()
+        self._masks.bake()
 
     def facts(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for name in sorted(self._masks):
-            digest.update(_packed(self._masks[name]).numpy().tobytes())
-        zeros = sum(int((~m).sum()) for m in self._masks.values())
+        masks = self._masks.items()
+        zeros = sum(int((~m).sum()) for m in masks.values())
         return {
             "pattern": self.pattern,
             "criterion": self.criterion,
+            "group": self.group or criteria.entry(self.criterion).traits["group"],
             "schedule": self.schedule,
+            "cycles": self.cycles,
+            "rewind_to": self.rewind_to,
             "target": self.sparsity,
-            "sparsity": zeros / max(1, sum(m.numel() for m in self._masks.values())),
-            "weights": len(self._masks),
-            "masks_sha256": digest.hexdigest(),
+            "budget": self.budget,
+            "sparsity": zeros / max(1, sum(m.numel() for m in masks.values())),
+            "weights": len(masks),
+            "masks_sha256": sha256(masks),
         }
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """One bit a weight: (ceil(n / 8),) uint8."""
-    bits = torch.nn.functional.pad(mask.flatten().cpu().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    if bits.numel() - shape[0] * shape[1] not in range(8):
-        raise CompressError("a mask in the checkpoint does not fit its weight", where="resume")
-    return bits.flatten()[: shape[0] * shape[1]].bool().view(shape)

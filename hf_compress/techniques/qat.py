@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_compress.errors import CompressError
 from hf_compress.fake_quant import Grid, fake_quantize, fake_quantize_ste, scales
+from hf_compress.selection import without
 from hf_compress.techniques.base import Technique
+from hf_compress.techniques.lora import check_teacher, merge_in_forward
 from hf_compress.weights import weights
+
+if TYPE_CHECKING:
+    from hf_compress.trainer import CompressionTrainer
 
 
 @dataclass(eq=False)
@@ -23,6 +28,7 @@ class QAT(Technique):
 
     A forward pre-hook puts the rounded tensor where the module reads its weight, a post-hook takes it away, so the
     state_dict stays plain.
+    With LoRA it is W + BA that is rounded, and train() ends with the adapters merged.
     `finalize` leaves the rounded values in the weights: a container with the same grid stores exactly these codes,
     since at the absmax scale rounding twice gives the same values.
     """
@@ -42,25 +48,29 @@ class QAT(Technique):
             raise CompressError(f"group size {self.group_size} is not positive", where="qat.group_size")
 
     def attach(self, model: nn.Module) -> None:
-        if hasattr(model, "peft_config"):
-            raise CompressError(
-                "fake quantization must act on W + BA, and adapters are merged after training",
-                where="qat",
-                next_step="train the whole weights, or use LoRA after `quantize`",
-            )
         self._grid = Grid(self.bits, self.group_size)
-        self._weights = [w for w in weights(model) if not any(re.search(pattern, w.name) for pattern in self.skip)]
+        everything = weights(model)
+        names = set(without([w.name for w in everything], self.skip, where="qat.skip"))
+        self._weights = [w for w in everything if w.name in names]
         for weight in self._weights:
             scales(weight.matrix[:1], self._grid)  # the group size must divide the inputs
+        self._adapted = merge_in_forward(model, self._weights, where="qat")
         modules: dict[nn.Module, set[tuple[str, bool]]] = defaultdict(set)
         for weight in self._weights:
-            modules[weight.module].add((weight.attribute, weight.transposed))
+            layer = self._adapted.get(weight.parameter)
+            if layer is None:
+                modules[weight.module].add((weight.attribute, weight.transposed))
+            else:
+                layer.changes.append(partial(_rounded, transposed=weight.transposed, grid=self._grid))
         self._hooks = []
         for module, attributes in modules.items():
             self._hooks += [
                 module.register_forward_pre_hook(_shadow(sorted(attributes), self._grid)),
                 module.register_forward_hook(_reveal(sorted(attributes)), always_call=True),
             ]
+
+    def prepare(self, trainer: CompressionTrainer) -> None:
+        check_teacher(trainer.techniques, self._weights, self._adapted, where="qat")
 
     @torch.no_grad()
     def finalize(self, model: nn.Module) -> None:
@@ -79,11 +89,15 @@ def _shadow(attributes: list[tuple[str, bool]], grid: Grid) -> Any:
         for name, transposed in attributes:
             parameter = module._parameters[name]
             assert parameter is not None
-            rows = parameter.T if transposed else parameter.flatten(0, -2)  # stacked experts: (experts * out, in)
-            rounded: Tensor = fake_quantize_ste(rows, grid)
-            module.__dict__[name] = rounded.T if transposed else rounded.view_as(parameter)
+            module.__dict__[name] = _rounded(parameter, transposed=transposed, grid=grid)
 
     return hook
+
+
+def _rounded(stored: Tensor, *, transposed: bool, grid: Grid) -> Tensor:
+    rows = stored.T if transposed else stored.flatten(0, -2)  # stacked experts: (experts * out, in)
+    rounded: Tensor = fake_quantize_ste(rows, grid)
+    return rounded.T if transposed else rounded.view_as(stored)
 
 
 def _reveal(attributes: list[tuple[str, bool]]) -> Any:

@@ -1,0 +1,126 @@
+"""LoRA layers that compute with one weight, W + scaling B A, so that masks and grids act on what will be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.errors import CompressError
+from hf_compress.techniques.base import Technique
+from hf_compress.techniques.distillation import Distillation
+from hf_compress.weights import Weight
+
+Change = Callable[[Tensor], Tensor]
+"""From W + scaling B A to what the layer multiplies with; in the stored orientation, differentiable."""
+
+
+class Merged:
+    """Stands in for the forward of one LoRA layer: y = x change(W + scaling B A)^T + b.
+
+    Plain LoRA adds W x and scaling B A x apart, where no mask on the sum can act. While adapters are switched off
+    (a teacher that is the student's own base) the layer computes with W as before. No state_dict key changes.
+    """
+
+    def __init__(self, layer: LoraLinear) -> None:
+        self.layer, self.plain, self.changes = layer, layer.forward, list[Change]()
+
+    def weight(self) -> Tensor:
+        """W + the sum over active adapters of scaling B A, as stored, in at least fp32 and outside autocast."""
+        layer = self.layer
+        stored: Tensor = layer.get_base_layer()._parameters["weight"]
+        with torch.autocast(stored.device.type, enabled=False):
+            total = stored.float()
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    product = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
+                    total = total + (product.T if layer.fan_in_fan_out else product) * layer.scaling[name]
+        return total
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.layer.disable_adapters:
+            out: Tensor = self.plain(x, *args, **kwargs)
+            return out
+        base = self.layer.get_base_layer()
+        changed = self.weight()
+        for change in self.changes:
+            changed = change(changed)
+        base.__dict__["weight"] = changed.to(base._parameters["weight"].dtype)
+        try:
+            out = base(x, *args, **kwargs)
+        finally:
+            del base.__dict__["weight"]
+        return out
+
+
+def merge_in_forward(model: nn.Module, weights: list[Weight], *, where: str) -> dict[str, Merged]:
+    """`Weight.parameter` -> its adapted layer, which from now on computes with the merged weight; a second technique
+    gets the same ones. Empty for a model without adapters.
+
+    Raises:
+        CompressError: adapters other than plain LoRA without dropout on linear layers.
+    """
+    if not isinstance(model, PeftModel):
+        return {}
+    kinds = {str(config.peft_type.value) for config in model.peft_config.values()}
+    if kinds != {"LORA"}:
+        raise CompressError(
+            f"masks and grids act on W + BA of LoRA, and these adapters are {', '.join(sorted(kinds))}",
+            where=where,
+            next_step="use a LoraConfig, or train the whole weights",
+        )
+    by_module = {weight.module: weight for weight in weights}
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and layer.get_base_layer() in by_module:
+            _check(name, layer, where=where)
+            if not isinstance(layer.forward, Merged):
+                layer.forward = Merged(layer)
+            found[by_module[layer.get_base_layer()].parameter] = layer.forward
+    return found
+
+
+def _check(name: str, layer: LoraLayer, *, where: str) -> None:
+    wrong = {
+        "adapters of this kind of layer have no single W + BA": type(layer) is not LoraLinear
+        or not isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)),
+        "a variant of LoRA (DoRA or another) is not W + BA": len(layer.lora_variant) > 0,
+        "dropout on the adapter's input leaves no single W + BA": any(
+            isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in layer.lora_dropout.values()
+        ),
+        "a bias in B is not part of W + BA": any(layer.lora_bias.values()),
+        "adapters are merged already": layer.merged,
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise CompressError(
+                what, where=f"{where}: {name}", next_step="plain LoRA with lora_dropout: 0, or skip this weight"
+            )
+
+
+def check_teacher(
+    techniques: Sequence[Technique], weights: list[Weight], adapted: Mapping[str, Merged], *, where: str
+) -> None:
+    """Raise a CompressError when the student's own base is the teacher, and some of `weights` have no adapter: what is
+    done to those is done to the teacher."""
+    bare = [w.name for w in weights if w.parameter not in adapted]
+    if adapted and bare and any(isinstance(t, Distillation) and t.teacher_model == "base" for t in techniques):
+        raise CompressError(
+            f"the teacher `base` would change with the student: {len(bare)} weights have no adapter",
+            where=f"{where}: {bare[0]}",
+            next_step="give every weight an adapter, skip those, or load the teacher from a folder",
+        )
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The plain model with its adapters merged, where `merge_in_forward` was at work; any other model as it is."""
+    layers = [module for module in model.modules() if isinstance(module.forward, Merged)]
+    for layer in layers:
+        del layer.forward  # the class's own again
+    return model.merge_and_unload() if layers else model  # type: ignore[operator]
