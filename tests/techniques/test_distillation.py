@@ -10,7 +10,7 @@ from transformers import BertForTokenClassification, HfArgumentParser, TrainingA
 from hf_compress.errors import CompressError
 from hf_compress.losses import losses
 from hf_compress.techniques.distillation import CHUNK, Distillation, _Chunked
-from hf_compress.techniques.pruning import Pruning, scheduled_sparsity
+from hf_compress.techniques.pruning import Pruning
 from hf_compress.trainer import DistillationTrainer
 from tests.models import tiny
 from tests.training import collate, rows, trainer
@@ -163,8 +163,3 @@ def test_a_mapping_is_validated_into_a_technique() -> None:
     ]
     with pytest.raises(ValidationError, match="temprature"):
         TypeAdapter(Distillation).validate_python({"temprature": 2})
-
-
-def test_cubic_schedule_has_its_published_values() -> None:
-    values = [scheduled_sparsity(p, schedule="cubic", initial=0.0, final=0.9) for p in (0.0, 0.25, 0.5, 1.0, 2.0)]
-    assert values == pytest.approx([0.0, 0.5203125, 0.7875, 0.9, 0.9])
