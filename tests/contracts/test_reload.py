@@ -169,6 +169,15 @@ def test_onnx_file_agrees_and_other_families_are_refused(tmp_path: Path) -> None
                 export_onnx(tiny(name), tmp_path / name)
 
 
+def test_each_channel_of_the_onnx_file_has_its_own_scale(tmp_path: Path) -> None:
+    model = tiny("bert")
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.dense.weight.data[0] *= 50  # one large row takes the whole range of a scale that all share
+        layer.output.dense.weight.data[:, 0] /= 50
+    ours, plain = export_onnx(model, tmp_path / "ours"), export_onnx(model, tmp_path / "plain", plain=True)
+    assert ours["error"] < plain["error"] / 2
+
+
 def test_activations_are_rounded_by_whoever_runs_the_folder(folders: dict[tuple, Path]) -> None:
     model = tiny("llama", tie_word_embeddings=True)
     opened = type(model).from_pretrained(folders["llama", "compressed-tensors", "w8 a8"]).eval()
