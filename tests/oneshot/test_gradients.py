@@ -97,3 +97,15 @@ def test_empty_and_broken_calibration_is_refused() -> None:
     model.lm_head.weight.data[0] = torch.nan
     with pytest.raises(CompressError, match=r"not finite[\s\S]*batch 0"):
         gradient_statistics(model, batches(4))
+
+
+def test_dropout_is_off_frozen_weights_are_seen_and_nothing_else_gets_a_gradient() -> None:
+    expected, model = gradient_statistics(tiny("gpt2"), batches(4)), tiny("gpt2").train()
+    weights(model)[0].whole.requires_grad_(False)
+    touched = []
+    hook = model.get_input_embeddings().weight.register_hook(touched.append)
+    found = gradient_statistics(model, batches(4))
+    hook.remove()
+    assert not touched
+    for name, statistics in expected.items():
+        torch.testing.assert_close(found[name].gradient, statistics.gradient)
