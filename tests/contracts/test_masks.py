@@ -132,14 +132,23 @@ def test_a_pruned_model_keeps_exactly_its_zeros(tmp_path: Path) -> None:
     assert again.techniques[0].facts()["masks_sha256"] == first.techniques[0].facts()["masks_sha256"]
 
 
-@pytest.mark.parametrize("options", [{}, {"group": "global"}, {"criterion": "random"}, {"pattern": "2x2"}])
+NESTED = [
+    {},
+    {"group": "global"},
+    {"criterion": "movement"},
+    {"criterion": "movement", "group": "global"},
+    {"criterion": "movement", "pattern": "2x2"},
+]
+
+
+@pytest.mark.parametrize("options", NESTED)
 def test_masks_are_nested_while_sparsity_grows(options: dict, tmp_path: Path) -> None:
     pruning = Pruning(0.8, every=1, end=1.0, **options)
     seen = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            seen.append(pruning._masks.items())
+            seen.append(pruning._masks.items() or {w.name: torch.ones(w.shape).bool() for w in pruning._weights})
 
     run = trainer(tiny("llama"), tmp_path, [pruning], max_steps=6)
     run.add_callback(Watch())

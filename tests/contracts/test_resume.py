@@ -14,6 +14,7 @@ from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 from hf_compress.techniques.state import STATE_FILE, load_state
+from hf_compress.weights import weights
 from tests.models import tiny
 from tests.training import trainer
 
@@ -59,12 +60,16 @@ def test_pruning_resumed_at_any_step_equals_uninterrupted(options: dict, tmp_pat
         pruning = Pruning(**({"sparsity": 0.5, "end": 0.8} | options))
         return trainer(model, tmp_path, [pruning], **settings, lr_scheduler_type="linear")
 
-    whole = begin(tiny("deepseek_v3"))
+    layers = {"num_hidden_layers": 3 if "budget" in options else 2}
+    model = tiny("deepseek_v3", **layers)
+    for weight in weights(model) if "budget" in options else []:
+        weight.matrix.copy_(10 * weight.matrix**3)  # outliers, so that blocks differ
+    whole = begin(model)
     whole.train()
     expected = {k: v.clone() for k, v in whole.model.state_dict().items()}
     masks = whole.techniques[0].facts()["masks_sha256"]
     for step in range(1, 7):
-        resumed = begin(tiny("deepseek_v3", seed=5))
+        resumed = begin(tiny("deepseek_v3", seed=5, **layers))
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert resumed.techniques[0].facts()["masks_sha256"] == masks, step
         found = resumed.model.state_dict()
@@ -116,7 +121,9 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CompressError, match="weights that are not zero"):
         trainer(tiny("llama"), tmp_path, [Pruning(every=1)]).train(resume_from_checkpoint=str(other))
     wider = trainer(tiny("llama", intermediate_size=256), tmp_path, [Pruning(every=1)])
-    with pytest.raises(CompressError, match="another model"):
+    for weight in weights(wider.model):
+        weight.matrix.zero_()
+    with pytest.raises(CompressError, match=r"bits for 8192 weights, the matrix 16384"):
         load_state(folder, wider.techniques)
     file.unlink()
     with pytest.raises(CompressError, match="holds no state"):

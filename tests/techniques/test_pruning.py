@@ -13,6 +13,7 @@ from hf_compress.errors import CompressError
 from hf_compress.patterns import mask_of
 from hf_compress.techniques.gathering import Gathered
 from hf_compress.techniques.pruning import Pruning
+from hf_compress.techniques.rewinding import Snapshot
 from hf_compress.weights import Weight, blocks_of, weights
 from tests.models import tiny
 from tests.training import collate, rows, trainer
@@ -155,6 +156,23 @@ def test_the_mask_is_that_of_the_criterion_over_the_steps_before_it(criterion: s
     assert all(share == pytest.approx(0.5, abs=1e-3) for share in zeros(run.model).values())
 
 
+def test_statistics_are_of_the_steps_since_the_last_masks(tmp_path: Path) -> None:
+    pruning = Pruning(0.5, criterion="gradient_activation", begin="1 step", end="5 steps", every=2)
+    run = trainer(tiny("llama"), tmp_path, [pruning], max_steps=6, train_sampling_strategy="sequential")
+    steps, tokens = [], []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            steps.append(pruning._gathered.steps)
+            tokens.append(pruning._gathered.statistics(pruning._weights[0], 0).tokens)
+
+    run.add_callback(Watch())
+    run.train()
+    assert steps == [1, 1, 2, 1, 2, 1]  # masks are chosen before steps 1, 3 and 5
+    size = 4 * (5 + 3 * 0) + 3 * (0 + 1 + 2 + 3)  # rows of 5, 8, 11 and 14 tokens in every batch
+    assert tokens == [size * n for n in steps]
+
+
 def test_global_shares_one_threshold(tmp_path: Path) -> None:
     run = trainer(tiny("llama"), tmp_path, [Pruning(0.5, group="global", schedule="oneshot")], learning_rate=0.0)
     weight = weights(run.model)[0]
@@ -225,6 +243,31 @@ def test_after_each_cut_survivors_go_back_with_their_moments(tmp_path: Path) -> 
                 assert (value == 0).sum() == round(sparsity * value.numel())
                 assert (moment[value == 0] == 0).all()
     assert not torch.equal(watch.before[3]["model.norm.weight"], watch.before[1]["model.norm.weight"])
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_bnb_8bit", "sgd"])
+def test_a_snapshot_comes_back_from_its_tensors_as_it_was(optim: str, tmp_path: Path) -> None:
+    run = trainer(tiny("llama"), tmp_path, [], optim=optim, max_steps=2)
+    run.train()
+    taken, again = Snapshot(run.model), Snapshot(run.model)
+    taken.take(run.optimizer)
+    names = {p: n for n, p in run.model.named_parameters()}
+    values = {n: p.detach().clone() for p, n in names.items()}
+    moments = copy.deepcopy({n: run.optimizer.state[p] for p, n in names.items()})
+    again.load(taken.state())
+    with torch.no_grad():
+        for parameter in names:
+            parameter.zero_()
+            run.optimizer.state[parameter] = {}
+    again.restore(run.optimizer)
+    for parameter, name in names.items():
+        assert torch.equal(parameter, values[name])
+        for key, moment in moments[name].items():
+            if moment is not None:
+                restored = run.optimizer.state[parameter][key]
+                assert type(restored) is type(moment)
+                same = torch.equal(restored, moment) if isinstance(moment, torch.Tensor) else restored == moment
+                assert same, (name, key)
 
 
 def test_cycles_without_rewinding_train_on(tmp_path: Path) -> None:
