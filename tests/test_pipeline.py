@@ -243,8 +243,25 @@ def test_lora_on_some_modules_covers_some(decoder: dict[str, Any], tmp_path: Pat
     assert "model.layers.0.self_attn.k_proj.weight" in found["skipped"]["not selected"]
 
 
+def test_lora_under_a_mask_is_merged_with_its_zeros(decoder: dict[str, Any], tmp_path: Path) -> None:
+    tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path / "model")
+    prune = {"pattern": "2:4", "begin": "1 step", "end": "0.5 epochs", "every": 1}
+    distill = {"teacher_model": "base"}
+    train = {"lora": {"r": 4, "target_modules": "all-linear"}, "prune": prune, "distill": distill, "args": dict(ARGS)}
+    decoder["stages"], decoder["evaluate"] = [{"train": train}], None
+    facts = compress(parse(decoder), tmp_path / "out").facts
+    assert facts["stages"][0]["coverage"]["share"] == 1.0
+    assert facts["stages"][0]["facts"]["techniques"]["Pruning"]["sparsity"] == 0.5
+    matrices = [
+        v for k, v in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict().items() if "_proj" in k
+    ]
+    assert len(matrices) == 14
+    assert all(((matrix.reshape(-1, 4) != 0).sum(1) == 2).all() for matrix in matrices)
+
+
 def test_a_recipe_can_be_run_twice_and_names_its_teacher(decoder: dict[str, Any], tmp_path: Path) -> None:
     decoder["stages"], decoder["evaluate"] = decoder["stages"][1:2], None
+    decoder["stages"][0]["train"]["prune"]["schedule"] = "oneshot"
     recipe = parse(decoder)
     for name in ("a", "b"):
         facts = compress(recipe, tmp_path / name).facts
@@ -309,7 +326,11 @@ def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ),
         ("stages/1/train/distill/loss", "forward_lk", r"unknown loss 'forward_lk'[\s\S]*did you mean 'forward_kl'"),
         ("stages/1/train/distill/temperature", 0, "is not positive"),
-        ("stages/1/train/prune/schedule", "qubic", "unknown schedule"),
+        ("stages/1/train/prune/schedule", "qubic", r"unknown schedule[\s\S]*did you mean 'cubic'"),
+        ("stages/1/train/prune/criterion", "obs", r"training does not collect[\s\S]*stages\[1\].*prune.criterion"),
+        ("stages/1/train/prune/begin", "2 weeks", r"no moment of a run[\s\S]*stages\[1\].*prune.begin"),
+        ("stages/1/train/prune/sparsities", {"mlp": "much"}, r"stages\[1\].train.prune.sparsities"),
+        ("stages/1/train/prune/sparsity", 1.0, r"not in \[0, 1\)"),
         ("stages/1/train/qat", {"bits": 9}, "not between 2 and 8"),
         ("stages/1/train/args/save_strategy", "sometimes", r"refuses these: 'sometimes'|sometimes[\s\S]*args"),
         ("stages/1/train/distill/teacher_model_init_kwargs", {"trust_remote_code": True}, "cannot be loaded with"),
@@ -383,6 +404,7 @@ def test_teacher_with_another_tokenizer_is_refused(decoder: dict[str, Any], tmp_
     decoder["stages"] = [
         change(decoder, "stages/1/train/distill/teacher_model", str(tmp_path / "teacher"))["stages"][1]
     ]
+    decoder["stages"][0]["train"]["prune"]["schedule"] = "oneshot"
     with pytest.raises(CompressError, match="different tokenizers"):
         compress(parse(decoder), tmp_path / "out")
 

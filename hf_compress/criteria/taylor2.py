@@ -7,7 +7,7 @@ from hf_compress.criteria import Statistics, criteria
 
 @criteria.register(
     "taylor2",
-    summary="W^2 * E[g^2] / 2: optimal brain damage with the Fisher diagonal",
+    summary="W^2 * F / 2, F the Fisher diagonal: optimal brain damage",
     paper="https://arxiv.org/abs/1801.05787",
     needs=("fisher",),
     group="layer",
