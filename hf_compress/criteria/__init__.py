@@ -21,6 +21,9 @@ class Statistics:
     tokens: how many tokens reached this weight.
     input_norm: (in,) fp32, sqrt(sum over tokens of g^2 x_j^2), g the router weight of an expert's token (1 elsewhere).
     hessian: (in, in) fp32, sum over tokens of g^2 x x^T.
+    cross: (in, in) fp32, sum over tokens of g^2 d x^T, d what the dense model reads where this one reads x.
+    residual: (out, in) fp32, sum over tokens of (dense - compressed residual stream) x^T, of weights that write to it.
+    folds: the same sums over each half of the calibration text, to choose a solver's settings on text it did not see.
     gradient: (out, in) fp32, mean gradient of the loss over batches (steps, in training).
     fisher: (out, in) fp32, mean over the same of the squared gradient, the diagonal of the empirical Fisher matrix.
     movement: (out, in) fp32, sum over training steps of -gradient * weight.
@@ -30,6 +33,9 @@ class Statistics:
     tokens: int = 0
     input_norm: Tensor | None = None
     hessian: Tensor | None = None
+    cross: Tensor | None = None
+    residual: Tensor | None = None
+    folds: tuple[Statistics, ...] = ()
     gradient: Tensor | None = None
     fisher: Tensor | None = None
     movement: Tensor | None = None

@@ -46,6 +46,8 @@ class Family:
         width: config field holding the number of FFN channels.
         num_layers: config field holding the number of blocks.
         per_layer_fields: config fields that are lists with one entry a block.
+        residuals: the modules that read the residual stream before the attention's, and the FFN's, output is added.
+        ffn: the FFN, of blocks that compute ``x + attention(norm(x))``, then ``x + ffn(norm(x))``; "" of others.
         experts: routed experts, or None.
         refused: why no work is done on this architecture yet ("" = supported).
     """
@@ -62,6 +64,8 @@ class Family:
     width: str = "intermediate_size"
     num_layers: str = "num_hidden_layers"
     per_layer_fields: tuple[str, ...] = ("layer_types",)
+    residuals: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    ffn: str = "mlp"
     experts: Experts | None = None
     refused: str = ""
 

@@ -13,6 +13,7 @@ add_family(
         width="n_inner",
         num_layers="n_layer",
         per_layer_fields=(),
+        residuals=("ln_1", "ln_2"),
     ),
     summary="GPT-2: Conv1D matrices stored (in, out)",
 )

@@ -2,12 +2,14 @@
 
 from hf_compress.oneshot.checkpoint import Container, compress_checkpoint, empty_model
 from hf_compress.oneshot.engine import OneshotReport, run_blocks
-from hf_compress.oneshot.memory import compress_blocks, prune
+from hf_compress.oneshot.memory import compress_blocks
+from hf_compress.oneshot.pruning import PruneOptions, prune
 from hf_compress.oneshot.solvers import Solved, Solver, solvers
 
 __all__ = [
     "Container",
     "OneshotReport",
+    "PruneOptions",
     "Solved",
     "Solver",
     "compress_blocks",

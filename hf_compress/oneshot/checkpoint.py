@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +42,13 @@ class Container(Protocol):
 
 
 def compress_checkpoint(
-    source: Path, target: Path, batches: list[Batch], solver: Solver, *, container: Container | None = None
+    source: Path,
+    target: Path,
+    batches: list[Batch],
+    solver: Solver,
+    *,
+    only: Collection[str] | None = None,
+    container: Container | None = None,
 ) -> tuple[OneshotReport, Coverage]:
     """As `compress_blocks`, from a safetensors folder of a causal model to another, packed when a container is given.
 
@@ -59,7 +65,13 @@ def compress_checkpoint(
     part = target.with_name(target.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
     packed = container.quantization_config if container is not None else None
-    facts = [str(source.resolve()), plain_config(source).to_dict(), solver.options, packed]
+    facts = [
+        str(source.resolve()),
+        plain_config(source).to_dict(),
+        solver.options,
+        sorted(only) if only is not None else None,
+        packed,
+    ]
     stamp = fingerprint(facts, [batch["input_ids"] for batch in batches])
     marker = part / "fingerprint.txt"
     if marker.exists() and marker.read_text() != stamp:
@@ -71,7 +83,7 @@ def compress_checkpoint(
     marker.write_text(stamp)
     model = empty_model(source)
     store = _Streamed(model, _Files(source), part, container)
-    report = run_blocks(model, batches, solver, store)
+    report = run_blocks(model, batches, solver, store, only=only)
     store.finish(source)
     marker.unlink()
     part.rename(target)
@@ -168,9 +180,16 @@ class _Streamed:
     def _shard(self, block: int) -> Path:
         return self.part / f"model-block-{block:05}.safetensors"
 
-    def load(self, block: int) -> bool:
-        done = self._shard(block).exists()
-        files = _Files(self.part, self._shard(block).name, self.container) if done else self.files
+    def finished(self, block: int) -> bool:
+        return self._shard(block).exists()
+
+    def load(self, block: int) -> None:
+        self._read(block, self.files)
+
+    def restore(self, block: int) -> None:
+        self._read(block, _Files(self.part, self._shard(block).name, self.container))
+
+    def _read(self, block: int, files: _Files) -> None:
         module, parameters = blocks_of(self.model)[block], dict(self.model.named_parameters())
         for local, _ in [*module.named_parameters(), *module.named_buffers()]:
             name = f"{self.prefix}{block}.{local}"
@@ -178,7 +197,6 @@ class _Streamed:
                 self._set(name, self._stack(name, files))
             elif name in self.files or name in parameters:
                 self._set(name, files.read(name))
-        return done
 
     def _stack(self, name: str, files: _Files) -> Tensor:
         shape, stacked = self.model.get_parameter(name).shape, None
@@ -199,7 +217,7 @@ class _Streamed:
 
     def save(self, block: int) -> None:
         module = blocks_of(self.model)[block]
-        if not self._shard(block).exists():
+        if not self.finished(block):
             tensors: dict[str, Tensor] = {}
             for local, value in [*module.named_parameters(), *module.named_buffers()]:
                 name = f"{self.prefix}{block}.{local}"

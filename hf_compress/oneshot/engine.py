@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import zlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +15,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.calibration import Batch
+from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
+from hf_compress.families import family_of
+from hf_compress.oneshot.gather import Reading, StageStatistics, read, without_padding
+from hf_compress.oneshot.order import InputGroup, stages_of
 from hf_compress.oneshot.solvers import Solver
-from hf_compress.oneshot.statistics import Gatherer
 from hf_compress.weights import Weight, blocks_of, weights
+
+FEWEST = 0.25  # tokens for each input, below which nothing is fitted
 
 
 class Store(Protocol):
@@ -26,8 +34,14 @@ class Store(Protocol):
 
     scales: dict[str, Tensor]
 
-    def load(self, block: int) -> bool:
-        """Make block's values (and scales) live; True when it was compressed before (an interrupted run goes on)."""
+    def finished(self, block: int) -> bool:
+        """Whether it was compressed before (an interrupted run goes on)."""
+
+    def load(self, block: int) -> None:
+        """Make the block's dense values live."""
+
+    def restore(self, block: int) -> None:
+        """Make a finished block's compressed values (and scales) live."""
 
     def save(self, block: int) -> None:
         """Keep the compressed block, and let go of its memory where that is the point."""
@@ -36,30 +50,45 @@ class Store(Protocol):
 @dataclass
 class OneshotReport:
     """touched: names. sparsity: share of zeros of each touched weight. starved: expert weight -> tokens it saw (fewer
-    than 32). scales: of the weights whose solver chose a grid, where the model stays in memory."""
+    than 32). scarce: matrix -> tokens seen for each of its inputs, where that is below 1 and a solver fitted values
+    to them. scales: of the weights whose solver chose a grid, where the model stays in memory."""
 
     touched: list[str] = field(default_factory=list)
     sparsity: dict[str, float] = field(default_factory=dict)
     starved: dict[str, int] = field(default_factory=dict)
+    scarce: dict[str, float] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         mean = sum(self.sparsity.values()) / max(1, len(self.sparsity))
-        return {"weights": len(self.touched), "mean_sparsity": mean, "starved_experts": self.starved}
+        return {
+            "weights": len(self.touched),
+            "mean_sparsity": mean,
+            "starved_experts": self.starved,
+            "scarce_inputs": self.scarce,
+        }
 
 
 @torch.no_grad()
-def run_blocks(model: PreTrainedModel, batches: list[Batch], solver: Solver, store: Store) -> OneshotReport:
-    """Compress every block matrix of `model` in place, in order.
+def run_blocks(
+    model: PreTrainedModel, batches: list[Batch], solver: Solver, store: Store, *, only: Collection[str] | None = None
+) -> OneshotReport:
+    """Compress every block matrix of `model` (or `only` these, by name) in place, in order.
 
-    For each block: one pass over the batches gathers the statistics of all its matrices, `solver` gives each its new
-    values, and a second pass through the compressed block makes the inputs of the next. Memory: one block (what
-    `store` keeps live), the activations of all batches, statistics of one block. A solver that needs no statistics
-    runs without these passes.
+    For each block: the batches run through it until every matrix of a stage has been reached (a stage is the whole
+    block unless the solver is `staged`), `solver` gives each matrix its new values, and a last pass through the
+    compressed block makes the inputs of the next. A solver that asks for ``cross`` is also told what the dense
+    model reads at the same places: a second stream of activations. A solver that needs no statistics runs without
+    any pass.
+
+    Memory: one block (what `store` keeps live), the activations of all batches (of both streams, and what each matrix
+    of the block reads in the dense one, when asked for), the statistics of one stage (of one expert, in a
+    staged solver).
 
     Raises:
-        CompressError: no batches for a solver that needs statistics; activations that are not finite (naming the
-        block); layers that take different masks (sliding windows).
+        CompressError: no batches for a solver that needs statistics; far fewer tokens than a matrix has inputs, for
+        one that fits values to them; activations that are not finite (naming the block); layers that take different
+        masks (sliding windows).
     """
     if solver.needs and not batches:
         raise CompressError("there is nothing to calibrate on", where="one-shot compression", next_step="give batches")
@@ -71,78 +100,215 @@ def run_blocks(model: PreTrainedModel, batches: list[Batch], solver: Solver, sto
             next_step="use a model without sliding-window layers",
         )
     blocks = blocks_of(model)
-    by_block: dict[int, list[Weight]] = {}
+    wanted = None if only is None else set(only)
+    by_block: dict[int, list[Weight]] = {index: [] for index in range(len(blocks))}
     for weight in weights(model):
         assert weight.block is not None
-        by_block.setdefault(weight.block, []).append(weight)
+        if wanted is None or weight.name in wanted:
+            by_block[weight.block].append(weight)
     model.eval()
-    first_done = store.load(0)
+    store.load(0)
     calls = [_first_call(model, blocks[0], batch) for batch in batches]
-    keeps = [batch["attention_mask"].flatten().bool().to(model.device) for batch in batches]
+    _halve(calls, batches)
+    for call in calls:
+        call.dense = call.hidden if "cross" in solver.needs else None
     report = OneshotReport()
-    for index, block in enumerate(tqdm(blocks, desc="blocks", unit="block")):
-        done = store.load(index) if index else first_done
-        if not done:
-            gatherer = Gatherer(by_block[index], solver.needs)
-            for call, keep in zip(calls, keeps, strict=True):
-                gatherer.keep = keep
-                call.run(block, index)
-            gatherer.close()
-            for weight in by_block[index]:
-                solved = solver.solve(weight, gatherer.statistics(weight))
-                weight.matrix.copy_(solved.values)
-                if solved.scale is not None:
-                    store.scales[weight.name] = solved.scale
-            report.starved |= gatherer.starved if batches else {}
+    for index in tqdm(range(len(blocks)), desc="blocks", unit="block"):
+        if index:
+            store.load(index)
+        turn = _Turn(model, index, by_block[index], solver, calls)
+        if "cross" in solver.needs:
+            turn.run_dense(keep=not store.finished(index))
+        if store.finished(index):
+            store.restore(index)
+        else:
+            for stage in turn.stages:
+                store.scales |= turn.compress(stage)
         for weight in by_block[index]:
             report.touched.append(weight.name)
             report.sparsity[weight.name] = float((weight.matrix == 0).float().mean())
-        for call in calls:
-            call.hidden = call.run(block, index)
+        report.starved |= turn.starved
+        report.scarce |= turn.scarce
+        turn.advance()
         store.save(index)
     report.scales = store.scales
     return report
 
 
-@dataclass
-class _Call:
-    """How the model calls its blocks, with the hidden states that go into the next one."""
+class _Turn:
+    """One block's turn."""
 
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    def __init__(self, model: PreTrainedModel, index: int, found: list[Weight], solver: Solver, calls: list[_Call]):
+        self.solver, self.calls = solver, calls
+        self.block = _Block(model, index)
+        stages = stages_of(model, found)
+        self.stages = stages if solver.staged else [[group for stage in stages for group in stage]]
+        self.dense: list[Reading] = [{} for _ in calls]
+        self.dense_gate_up: dict[nn.Module, Tensor] = {}
+        self.starved: dict[str, int] = {}
+        self.scarce: dict[str, float] = {}
+        self._residuals = {
+            group: self.block.module.get_submodule(group.residual)
+            for stage in stages
+            for group in stage
+            if group.residual and "cross" in solver.needs
+        }
 
-    def run(self, block: nn.Module, index: int) -> Tensor:
-        out = block(self.hidden, *self.args, **self.kwargs)
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+    def run_dense(self, *, keep: bool) -> None:
+        """The dense model's stream through this block, which is still dense; `keep` what its matrices read, in
+        bfloat16 where that is shorter: a rounding far below the difference it is there to measure."""
+        modules = {g.first.module for stage in self.stages for g in stage} | set(self._residuals.values())
+        for call, dense in zip(self.calls, self.dense, strict=True):
+            out: list[Tensor] = []
+            run = partial(self._dense_into, call, out)
+            seen = without_padding(read(run, modules if keep else (), leave=False), call.keep)
+            dense |= {module: (args[0].to(torch.bfloat16),) for module, args in seen.items()}
+            call.dense = out[0]
+        for group in (g for stage in self.stages for g in stage if g.gate_up and keep):
+            module = group.first.module
+            if module not in self.dense_gate_up:
+                self.dense_gate_up[module] = module.get_parameter(group.gate_up).detach().clone()
+
+    def _dense_into(self, call: _Call, out: list[Tensor]) -> None:
+        assert call.dense is not None
+        out.append(self.block.whole(call, call.dense))
+
+    def compress(self, stage: list[InputGroup]) -> dict[str, Tensor]:
+        """Solve the matrices of one stage in place; name -> scale of those whose solver chose a grid."""
+        found = StageStatistics(stage, frozenset(self.solver.needs), self.dense_gate_up)
+        modules = {group.first.module for group in stage}
+        streams = {self._residuals[group] for group in stage if group in self._residuals}
+        writes = self.solver.staged and self.block.ends_attention(stage)
+        written: list[Tensor] = []
+        for call, dense in zip(self.calls, self.dense, strict=True):
+            seen = read(partial(self.block, call), modules | streams, leave=True)
+            if writes:
+                written.append(seen[stage[0].first.module][0])
+            found.add(without_padding(seen, call.keep), call.fold, dense, self._residuals)
+        self.starved |= found.starved if self.calls else {}
+        # a solver that is not staged compares matrices as they were before any of the block was changed
+        known = [found.of(group) if self.calls else Statistics() for group in stage if not self.solver.staged]
+        scales: dict[str, Tensor] = {}
+        for number, group in enumerate(stage):
+            statistics = found.of(group) if self.solver.staged else known[number]
+            if "hessian" in self.solver.needs:
+                self._check_tokens(group, statistics)
+            for weight, solved in zip(group.weights, self.solver.solve(group.weights, statistics), strict=True):
+                weight.matrix.copy_(solved.values)
+                if solved.scale is not None:
+                    scales[weight.name] = solved.scale
+        for call, rows in zip(self.calls if writes else [], written, strict=True):
+            call.middle = call.hidden + stage[0].first.module(rows).view_as(call.hidden)
+        return scales
+
+    def _check_tokens(self, group: InputGroup, statistics: Statistics) -> None:
+        """Values fitted to few tokens fit those and no others: below one for each input they do worse than a mask
+        alone on text that was not seen (an expert's statistics are drawn toward its layer's, so it is only named)."""
+        share = statistics.tokens / group.first.shape[1]
+        if share < FEWEST and group.first.expert is None:
+            raise CompressError(
+                f"{statistics.tokens} calibration tokens are too few to refit {group.first.shape[1]} inputs",
+                where=group.first.name,
+                next_step="give more rows (at least twice as many tokens as inputs), or use method: criterion",
+            )
+        if share < 1:
+            self.scarce |= {weight.name: round(share, 3) for weight in group.weights}
+
+    def advance(self) -> None:
+        """The compressed stream goes through the block."""
+        for call in self.calls:
+            call.hidden = self.block(call)
+            call.middle = None
+
+
+class _Block:
+    """A block that can go on from its middle: ``x + attention(norm(x))``, once known, is not computed again."""
+
+    def __init__(self, model: PreTrainedModel, index: int) -> None:
+        self.index, self.module, self._family = index, blocks_of(model)[index], family_of(model.config)
+
+    def __call__(self, call: _Call) -> Tensor:
+        if call.middle is None:
+            return self.whole(call, call.hidden)
+        ffn, norm = (self.module.get_submodule(name) for name in (self._family.ffn, self._family.residuals[1]))
+        return self._finite(call.middle + ffn(norm(call.middle)))
+
+    def whole(self, call: _Call, hidden: Tensor) -> Tensor:
+        out = self.module(hidden, *call.args, **call.kwargs)
+        return self._finite(out[0] if isinstance(out, tuple) else out)
+
+    def ends_attention(self, stage: list[InputGroup]) -> bool:
+        """Whether the stage is the one matrix whose output attention adds to the stream of such a block."""
+        return bool(self._family.ffn) and len(stage) == 1 and stage[0].residual == self._family.residuals[0]
+
+    def _finite(self, hidden: Tensor) -> Tensor:
         if not torch.isfinite(hidden).all():
             raise CompressError(
                 "activations are not finite",
-                where=f"block {index}",
+                where=f"block {self.index}",
                 next_step="check the calibration data and the model's dtype",
             )
         return hidden
 
 
-class _Reached(Exception):
+@dataclass
+class _Call:
+    """How the model calls its blocks for one batch, and its activations, (batch, tokens, hidden) each.
+
+    hidden: what goes into the next block. middle: what goes into its FFN's half, once its attention is compressed.
+    dense: as hidden, of the dense model. mask: (batch, tokens) bool, not padding. fold: (rows that are not padding,)
+    0 or 1, the half of the text they belong to.
+    """
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor
+    middle: Tensor | None = None
+    dense: Tensor | None = None
+    fold: Tensor = field(init=False)
+
+    @property
+    def keep(self) -> Tensor:
+        return self.mask.flatten()
+
+
+def _halve(calls: list[_Call], batches: list[Batch]) -> None:
+    """Put every other sequence in the other fold, in an order that their tokens decide, not the batches."""
+    marks = [zlib.crc32(ids[mask.bool()].numpy().tobytes()) for b in batches for ids, mask in _sequences(b)]
+    place = {sequence: rank for rank, sequence in enumerate(sorted(range(len(marks)), key=marks.__getitem__))}
+    number = 0
+    for call in calls:
+        half = [place[number + row] % 2 for row in range(len(call.mask))]
+        number += len(call.mask)
+        fold = torch.tensor(half, device=call.mask.device)[:, None].expand_as(call.mask)
+        call.fold = fold.flatten()[call.keep]
+
+
+def _sequences(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True)
+
+
+class _Stop(Exception):
     pass
 
 
 def _first_call(model: PreTrainedModel, block: nn.Module, batch: Batch) -> _Call:
     """What the model passes to its first block for this batch."""
     seen: list[_Call] = []
+    mask = batch["attention_mask"].bool().to(model.device)
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = copy.copy(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        seen.append(_Call(hidden, args[1:], kwargs))
-        raise _Reached
+        seen.append(_Call(hidden, args[1:], kwargs, mask))
+        raise _Stop
 
     hook = block.register_forward_pre_hook(catch, with_kwargs=True)
     try:
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         model(**inputs, **({"use_cache": False} if model.can_generate() else {}))
-    except _Reached:
+    except _Stop:
         pass
     finally:
         hook.remove()

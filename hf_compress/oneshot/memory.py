@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +16,28 @@ from transformers import PreTrainedModel
 from hf_compress.calibration import Batch
 from hf_compress.errors import CompressError
 from hf_compress.oneshot.engine import OneshotReport, run_blocks
-from hf_compress.oneshot.solvers import Solver, solvers
+from hf_compress.oneshot.solvers import Solver
 from hf_compress.weights import blocks_of, weights
 
 
 def compress_blocks(
-    model: PreTrainedModel, batches: list[Batch], solver: Solver, *, resume_dir: Path | None = None
+    model: PreTrainedModel,
+    batches: list[Batch],
+    solver: Solver,
+    *,
+    only: Collection[str] | None = None,
+    resume_dir: Path | None = None,
 ) -> OneshotReport:
-    """Apply `solver` to every attention, FFN and expert matrix in place; resumable at the block when `resume_dir` is
-    given.
+    """Apply `solver` to every attention, FFN and expert matrix (or to `only` these, by name) in place; resumable at
+    the block when `resume_dir` is given.
 
     Raises:
         CompressError: what the solver and `run_blocks` find wrong; blocks in `resume_dir` of another run.
     """
     values = [w.whole.flatten()[:64].float().cpu() for w in weights(model)] if resume_dir is not None else []
-    stamp = fingerprint([model.config.to_dict(), solver.options], [*values, *(b["input_ids"] for b in batches)])
-    return run_blocks(model, batches, solver, InMemory(model, resume_dir, stamp))
-
-
-def prune(
-    model: PreTrainedModel,
-    batches: list[Batch],
-    *,
-    criterion: str = "wanda",
-    sparsity: float,
-    pattern: str = "unstructured",
-    resume_dir: Path | None = None,
-) -> OneshotReport:
-    """``prune(model, batches, sparsity=0.5, pattern="2:4")``: zero weights of every block matrix in place, in one
-    shot.
-
-    `batches` are calibration inputs (input_ids and attention_mask, each (batch, tokens)); magnitude needs none. Makes
-    no file smaller and no stock runtime faster.
-
-    Raises:
-        CompressError: unknown criterion; M does not divide a matrix; as `compress_blocks`.
-    """
-    solver = solvers["criterion"](criterion=criterion, sparsity=sparsity, pattern=pattern)
-    return compress_blocks(model, batches, solver, resume_dir=resume_dir)
+    facts = [model.config.to_dict(), solver.options, sorted(only) if only is not None else None]
+    stamp = fingerprint(facts, [*values, *(b["input_ids"] for b in batches)])
+    return run_blocks(model, batches, solver, InMemory(model, resume_dir, stamp), only=only)
 
 
 def fingerprint(facts: list[Any], tensors: list[Tensor]) -> str:
@@ -78,9 +63,13 @@ class InMemory:
         assert self.folder is not None
         return self.folder / f"block-{block:05}.safetensors"
 
-    def load(self, block: int) -> bool:
-        if self.folder is None or not self._path(block).exists():
-            return False
+    def finished(self, block: int) -> bool:
+        return self.folder is not None and self._path(block).exists()
+
+    def load(self, block: int) -> None:
+        """The dense values are here."""
+
+    def restore(self, block: int) -> None:
         with safe_open(self._path(block), "pt") as opened:
             if opened.metadata().get("fingerprint") != self.stamp:
                 raise CompressError(
@@ -91,10 +80,9 @@ class InMemory:
         tensors = load_file(self._path(block))
         self.scales |= {key.removeprefix(SCALE): tensors.pop(key) for key in list(tensors) if key.startswith(SCALE)}
         blocks_of(self.model)[block].load_state_dict(tensors)
-        return True
 
     def save(self, block: int) -> None:
-        if self.folder is not None and not self._path(block).exists():
+        if self.folder is not None and not self.finished(block):
             temporary = self._path(block).with_suffix(".part")
             names = {w.name for w in weights(self.model) if w.block == block} & self.scales.keys()
             tensors = blocks_of(self.model)[block].state_dict() | {SCALE + n: self.scales[n] for n in names}

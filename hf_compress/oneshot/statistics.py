@@ -1,96 +1,101 @@
-"""What calibration sees of every weight matrix of a block, gathered by hooks while the block runs."""
+"""Rows that a matrix reads -> the sums a solver needs. Knows nothing about models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_compress.criteria import Statistics
-from hf_compress.weights import Weight
 
-STARVED = 32  # an expert that saw fewer tokens is named in the report
+PANEL = 256  # columns of a Gram matrix made at once: only the panels on and above its diagonal are multiplied
 
 
-class Gatherer:
-    """Hooks on the modules of `weights` (one block's); call `statistics` after the block has run over every batch,
-    then `close`.
+class Sums:
+    """Running sums over the rows of one input.
 
-    `keep` (set before each forward) marks the rows that are not padding: (batch * tokens,) bool.
-    Rows of a routed expert are weighted by their router weight g: input_norm^2 = sum g^2 x^2, hessian = sum g^2 x x^T.
+    Args:
+        needs: the `Statistics` fields to make; ``folds`` keeps the two halves of the text apart.
     """
 
-    def __init__(self, weights: list[Weight], needs: Iterable[str]) -> None:
-        self.weights, self.needs, self.keep = weights, frozenset(needs), torch.empty(0, dtype=torch.bool)
-        self._sums: dict[str, Statistics] = {w.name: Statistics() for w in weights}
-        self._hooks = []
-        by_module: dict[nn.Module, list[Weight]] = {}
-        for weight in weights:
-            by_module.setdefault(weight.module, []).append(weight)
-        for module, group in by_module.items():
-            hook = self._on_experts(group) if group[0].expert is not None else self._on_linear(group)
-            self._hooks.append(module.register_forward_pre_hook(hook))
+    def __init__(self, needs: Iterable[str]) -> None:
+        self.needs = frozenset(needs)
+        self._folds = [Statistics(), Statistics()] if "folds" in self.needs else [Statistics()]
 
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    def add(self, rows: Tensor, fold: Tensor, dense: Tensor | None = None, shift: Tensor | None = None) -> None:
+        """rows (n, in) of the compressed model; fold (n,) 0 or 1, the half of the calibration text each belongs to.
 
-    def _on_linear(self, group: list[Weight]) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].flatten(0, -2)[self.keep]  # MLA gives four dimensions, most give three
-            for weight in group:
-                self._add(weight.name, rows)
+        dense: (n, in), what the dense model reads at the same tokens. shift: (n, out), dense minus compressed
+        residual stream there.
+        """
+        if len(self._folds) == 1:
+            self._add(self._folds[0], rows.float(), dense, shift)
+            return
+        for index, sums in enumerate(self._folds):
+            half = fold == index
+            parts = [None if t is None else t[half] for t in (dense, shift)]
+            self._add(sums, rows[half].float(), *parts)
 
-        return hook
-
-    def _on_experts(self, group: list[Weight]) -> Any:
-        up = {w.expert: w for w in group if len(w.stored) == 2}  # gate and up, stacked
-        down = {w.expert: w for w in group if len(w.stored) == 1}
-
-        def hook(module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            hidden, chosen, gates = args  # (tokens, hidden), (tokens, active), (tokens, active)
-            for expert, weight in up.items():
-                token, place = torch.where((chosen == expert) & self.keep[:, None])
-                rows, gate = hidden[token], gates[token, place].float()[:, None]
-                self._add(weight.name, rows * gate)
-                halves = F.linear(rows, weight.matrix).chunk(2, dim=-1)
-                self._add(down[expert].name, module.act_fn(halves[0]) * halves[1] * gate)  # type: ignore[operator]
-
-        return hook
-
-    def _add(self, name: str, rows: Tensor) -> None:
-        sums, rows = self._sums[name], rows.float()
+    def _add(self, sums: Statistics, rows: Tensor, dense: Tensor | None, shift: Tensor | None) -> None:
+        width = rows.shape[1]
         sums.tokens += len(rows)
-        if "input_norm" in self.needs:
+        if "input_norm" in self.needs:  # its square, until `statistics`
             square = rows.square().sum(0)
             sums.input_norm = square if sums.input_norm is None else sums.input_norm + square
         if "hessian" in self.needs:
-            product = rows.T @ rows
-            sums.hessian = product if sums.hessian is None else sums.hessian + product
+            sums.hessian = rows.new_zeros(width, width) if sums.hessian is None else sums.hessian
+            for start in range(0, width, PANEL):
+                panel = rows[:, start : start + PANEL]
+                sums.hessian[start : start + PANEL, start:].addmm_(panel.T, rows[:, start:])
+        if "cross" in self.needs and dense is not None:
+            sums.cross = rows.new_zeros(width, width) if sums.cross is None else sums.cross
+            sums.cross.addmm_(dense.float().T, rows)
+        if "cross" in self.needs and shift is not None:
+            sums.residual = rows.new_zeros(shift.shape[1], width) if sums.residual is None else sums.residual
+            sums.residual.addmm_(shift.float().T, rows)
 
-    def statistics(self, weight: Weight) -> Statistics:
-        """Of one weight; an expert that no token reached gets the sum over its layer's experts.
-
-        `input_norm` is the norm, the square root of what was summed.
-        """
-        found = self._sums[weight.name]
-        if found.tokens == 0 and weight.expert is not None:
-            layer = [self._sums[w.name] for w in self.weights if w.parameter == weight.parameter]
-            found = Statistics(0, _total([s.input_norm for s in layer]), _total([s.hessian for s in layer]))
-        return Statistics(found.tokens, None if found.input_norm is None else found.input_norm.sqrt(), found.hessian)
-
-    @property
-    def starved(self) -> dict[str, int]:
-        return {
-            w.name: self._sums[w.name].tokens
-            for w in self.weights
-            if w.expert is not None and self._sums[w.name].tokens < STARVED
-        }
+    def statistics(self) -> Statistics:
+        """What the rows so far come to; with ``folds``, also of each half."""
+        for sums in self._folds:
+            if sums.hessian is not None:
+                for start in range(0, len(sums.hessian), PANEL):  # copy the panels above the diagonal to below it
+                    right = sums.hessian[start : start + PANEL, start + PANEL :]
+                    sums.hessian[start + PANEL :, start : start + PANEL] = right.T
+            if sums.input_norm is not None:
+                sums.input_norm = sums.input_norm.sqrt()
+        if len(self._folds) == 1:
+            return self._folds[0]
+        total = mixed(self._folds, [1.0, 1.0])
+        total.folds = tuple(self._folds)
+        return total
 
 
-def _total(parts: list[Tensor | None]) -> Tensor | None:
-    given = [p for p in parts if p is not None]
-    return torch.stack(given).sum(0) if given else None
+def mixed(parts: list[Statistics], shares: list[float]) -> Statistics:
+    """Weighted sum of statistics of one input (input norms are summed as squares); `tokens` is the plain sum."""
+
+    def total(tensors: list[Tensor | None]) -> Tensor | None:
+        given = [t * share if share != 1 else t for t, share in zip(tensors, shares, strict=True) if t is not None]
+        return sum(given[1:], start=given[0]) if given else None
+
+    square = total([None if p.input_norm is None else p.input_norm.square() for p in parts])
+    return Statistics(
+        tokens=sum(p.tokens for p in parts),
+        input_norm=None if square is None else square.sqrt(),
+        hessian=total([p.hessian for p in parts]),
+        cross=total([p.cross for p in parts]),
+        residual=total([p.residual for p in parts]),
+    )
+
+
+def shrunk(own: Statistics, pooled: Statistics, prior: float) -> Statistics:
+    """Statistics of an expert that saw few tokens, drawn toward its layer's: (1 - w) own / n + w pooled / N a token,
+    w = prior / (n + prior), so that `prior` pooled tokens stand beside its own n; in the scale of n tokens."""
+    n, everybody = own.tokens, max(1, pooled.tokens)
+    share = prior / (n + prior)
+    made = mixed([own, pooled], [1 - share, share * max(1, n) / everybody])
+    made.tokens = n
+    if own.folds:
+        made.folds = tuple(
+            mixed([half, pooled], [1 - share, share * max(1, half.tokens) / everybody]) for half in own.folds
+        )
+    return made

@@ -39,22 +39,22 @@ def by_criterion(criterion: str = "wanda", sparsity: float = 0.5) -> Solver:
     return solvers["criterion"](criterion=criterion, sparsity=sparsity)
 
 
-def record(model, given) -> dict[str, Statistics]:
+def record(model, given, needs=("input_norm", "hessian"), *, staged=False) -> dict[str, Statistics]:
     """Statistics as the solver sees them, nothing changed."""
     seen: dict[str, Statistics] = {}
 
-    def solver(weight, statistics):
-        seen[weight.name] = statistics
-        return Solved(weight.matrix.clone())
+    def solver(group, statistics):
+        seen.update((weight.name, statistics) for weight in group)
+        return [Solved(weight.matrix.clone()) for weight in group]
 
-    run_blocks(model, given, Solver(solver, ("input_norm", "hessian")), InMemory(model, None, ""))
+    run_blocks(model, given, Solver(solver, needs, staged), InMemory(model, None, ""))
     return seen
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_weight_of_every_family_is_pruned_exactly(name: str) -> None:
     model = tiny(name)
-    report = prune(model, batches(), criterion="wanda", sparsity=0.5)
+    report = prune(model, batches(), method="criterion", sparsity=0.5)
     assert set(report.touched) == {w.name for w in weights(model)}
     for weight in weights(model):
         assert ((weight.matrix == 0).sum(1) == weight.shape[1] // 2).all(), weight.name
@@ -62,7 +62,7 @@ def test_every_weight_of_every_family_is_pruned_exactly(name: str) -> None:
 
 def test_two_of_four_and_magnitude() -> None:
     model = tiny("llama")
-    prune(model, batches(), criterion="magnitude", sparsity=0.5, pattern="2:4")
+    prune(model, batches(), method="criterion", criterion="magnitude", sparsity=0.5, pattern="2:4")
     assert all(((w.matrix.reshape(-1, 4) != 0).sum(1) == 2).all() for w in weights(model))
 
 
@@ -90,7 +90,7 @@ def test_expert_statistics_are_weighted_as_the_router_weights() -> None:
     hook.remove()
     hidden, chosen, gates = seen["args"]
     keep = given[0]["attention_mask"].flatten().bool()
-    found = record(model, given)
+    found = record(model, given, ("input_norm",))
     experts = blocks_of(model)[1].mlp.experts
     for expert in range(4):
         gate = (gates * (chosen == expert)).sum(1)[keep]
@@ -109,9 +109,9 @@ def test_the_second_block_sees_the_compressed_first() -> None:
     given, second = batches(), "model.layers.1.self_attn.q_proj.weight"
     pruned, seen = tiny("llama"), {}
 
-    def solver(weight, statistics):
-        seen[weight.name] = statistics
-        return Solved(weight.matrix * 0 if weight.block == 0 else weight.matrix.clone())
+    def solver(group, statistics):
+        seen.update((weight.name, statistics) for weight in group)
+        return [Solved(weight.matrix * 0 if weight.block == 0 else weight.matrix.clone()) for weight in group]
 
     run_blocks(pruned, given, Solver(solver, ("input_norm",)), InMemory(pruned, None, ""))
     assert torch.allclose(seen[second].input_norm, record(pruned, given)[second].input_norm, rtol=1e-4)
@@ -122,7 +122,7 @@ def test_order_and_size_of_batches_change_no_mask() -> None:
     masks = []
     for given in (batches(4), batches(4)[::-1], batches(16)):
         model = tiny("deepseek_v2")
-        prune(model, given, sparsity=0.5)
+        prune(model, given, method="criterion", sparsity=0.5)
         masks.append([w.matrix == 0 for w in weights(model)])
     for other in masks[1:]:
         assert all(torch.equal(a, b) for a, b in zip(masks[0], other, strict=True))
@@ -130,7 +130,7 @@ def test_order_and_size_of_batches_change_no_mask() -> None:
 
 def test_killed_at_a_block_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, again = tiny("deepseek_v3"), tiny("deepseek_v3")
-    prune(whole, batches(), sparsity=0.5)
+    prune(whole, batches(), method="criterion", sparsity=0.5)
     kill = InMemory.save
 
     def save_and_die(self: InMemory, block: int) -> None:
@@ -139,33 +139,34 @@ def test_killed_at_a_block_and_resumed_equals_uninterrupted(tmp_path: Path, monk
 
     monkeypatch.setattr(InMemory, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        prune(again, batches(), sparsity=0.5, resume_dir=tmp_path)
+        prune(again, batches(), method="criterion", sparsity=0.5, resume_dir=tmp_path)
     monkeypatch.undo()
     fresh = tiny("deepseek_v3")
-    prune(fresh, batches(), sparsity=0.5, resume_dir=tmp_path)
+    prune(fresh, batches(), method="criterion", sparsity=0.5, resume_dir=tmp_path)
     assert all(
         torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), whole.state_dict().values(), strict=True)
     )
     with pytest.raises(CompressError, match="another run"):
-        prune(tiny("deepseek_v3"), batches(), sparsity=0.6, resume_dir=tmp_path)
+        prune(tiny("deepseek_v3"), batches(), method="criterion", sparsity=0.6, resume_dir=tmp_path)
     with pytest.raises(CompressError, match="another run"):
-        prune(tiny("deepseek_v3", seed=5), batches(), sparsity=0.5, resume_dir=tmp_path)
+        prune(tiny("deepseek_v3", seed=5), batches(), method="criterion", sparsity=0.5, resume_dir=tmp_path)
 
 
 def test_starved_experts_are_named_and_fall_back_to_their_layer() -> None:
     model = tiny("deepseek_v3")
     router = blocks_of(model)[1].mlp.gate
     router.e_score_correction_bias[:] = torch.tensor([0.0, 0.0, -9.0, -9.0])
-    report = prune(model, batches(), sparsity=0.5)
+    report = prune(model, batches(), method="criterion", sparsity=0.5)
     assert {n.rsplit(".", 1)[1] for n, tokens in report.starved.items() if tokens == 0} == {"2", "3"}
     assert (weights(model, ["expert"])[3].matrix == 0).float().mean() == 0.5
 
 
-def test_nan_in_activations_names_the_block() -> None:
+@pytest.mark.parametrize("method", ["criterion", "alps"])
+def test_nan_is_named_where_it_is_first_read(method: str) -> None:
     model = tiny("llama")
-    blocks_of(model)[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(CompressError, match="block 1"):
-        prune(model, batches(), sparsity=0.5)
+    blocks_of(model)[1].post_attention_layernorm.weight.data[0] = torch.nan
+    with pytest.raises(CompressError, match=r"not finite[\s\S]*(block 1|layers\.1\.mlp)"):
+        prune(model, batches(), method=method, sparsity=0.5)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
@@ -173,7 +174,7 @@ def test_streamed_checkpoint_equals_memory(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
     report, touched = compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
-    prune(model, batches(), sparsity=0.5)
+    prune(model, batches(), method="criterion", sparsity=0.5)
     assert touched.share == 1.0
     assert len(report.touched) == len(weights(model))
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "target", output_loading_info=True)
@@ -185,21 +186,21 @@ def test_streamed_checkpoint_equals_memory(name: str, tmp_path: Path) -> None:
 def test_streaming_holds_one_block_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("deepseek_v3", num_hidden_layers=4).save_pretrained(tmp_path / "source")
     live, solved = [], []
-    gather = engine_module.Gatherer
+    gather = engine_module.StageStatistics
 
-    def watch(found, needs):
+    def watch(stage, *others):
         live.append(len({w.block for w in weights(holder["model"]) if not w.whole.is_meta}))
-        solved.append(found[0].block)
-        if found[0].block == 2 and len(solved) == 3:
+        solved.append(stage[0].first.block)
+        if stage[0].first.block == 2 and len(solved) == 3:
             raise KeyboardInterrupt
-        return gather(found, needs)
+        return gather(stage, *others)
 
     holder, run = {}, engine_module.run_blocks
     monkeypatch.setattr(
         "hf_compress.oneshot.checkpoint.run_blocks",
         lambda model, *a, **k: (holder.update(model=model), run(model, *a, **k))[1],
     )
-    monkeypatch.setattr(engine_module, "Gatherer", watch)
+    monkeypatch.setattr(engine_module, "StageStatistics", watch)
     with pytest.raises(KeyboardInterrupt):
         compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
     assert not (tmp_path / "target").exists()
@@ -232,7 +233,7 @@ def test_fp8_sources_are_dequantized_and_truncated_shards_named(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
 def test_round_to_nearest_is_on_the_grid_and_keeps_zeros(name: str, dtype: torch.dtype, bits: int) -> None:
     model, grid = tiny(name).to(dtype), Grid(bits, 32)
-    prune(model, [], criterion="magnitude", sparsity=0.5)
+    prune(model, [], method="criterion", criterion="magnitude", sparsity=0.5)
     before = {w.name: w.matrix.clone() for w in weights(model)}
     compress_blocks(model, [], solvers["rtn"](bits=bits, group_size=32))
     for weight in weights(model):
@@ -257,7 +258,7 @@ def test_weights_that_are_not_finite_are_named_not_rounded() -> None:
 
 def test_a_calibrating_solver_without_batches_is_refused() -> None:
     with pytest.raises(CompressError, match="nothing to calibrate"):
-        prune(tiny("llama"), [], sparsity=0.5)
+        prune(tiny("llama"), [], method="criterion", sparsity=0.5)
 
 
 @pytest.mark.parametrize(
@@ -274,12 +275,12 @@ def test_streamed_into_a_container_equals_the_backend_in_memory(
     solver = solvers["rtn"](bits=options["bits"], group_size=options.get("group_size"))
     read, decoded = packing.decode, []
 
-    def stop_in_the_second_block(weight, statistics):
-        if weight.block == 1:
+    def stop_in_the_second_block(group, statistics):
+        if group[0].block == 1:
             raise KeyboardInterrupt
-        return solver.solve(weight, statistics)
+        return solver.solve(group, statistics)
 
-    stopping = Solver(stop_in_the_second_block, (), solver.options)
+    stopping = Solver(stop_in_the_second_block, options=solver.options)
     with pytest.raises(KeyboardInterrupt):
         compress_checkpoint(tmp_path / "source", tmp_path / "streamed", [], stopping, container=packing)
     monkeypatch.setattr(packing, "decode", lambda key, stored: (decoded.append(key), read(key, stored))[1])
@@ -298,11 +299,11 @@ def half_scale(bits: int, group_size: int) -> Solver:
     """A grid that absmax would not find: half its scale, so the largest weights are clipped."""
     grid = Grid(bits, group_size)
 
-    def solve(weight, statistics):
-        scale = scales(weight.matrix, grid) / 2
-        return Solved(fake_quantize(weight.matrix, scale, grid) * 0.999, scale)  # no weight is at the largest code
+    def solve(group, statistics):
+        found = [(weight.matrix, scales(weight.matrix, grid) / 2) for weight in group]
+        return [Solved(fake_quantize(m, s, grid) * 0.999, s) for m, s in found]  # no weight is at the largest code
 
-    return Solver(solve, (), {"solver": "half"})
+    return Solver(solve, options={"solver": "half"})
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "qwen3_moe"])

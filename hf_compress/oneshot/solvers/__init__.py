@@ -1,14 +1,15 @@
-"""Solvers: how one matrix is compressed, given what calibration saw of it. Independent of models and containers."""
+"""Solvers: how matrices that read one input are compressed, given what calibration saw of it. Independent of models
+and containers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from hf_compress.criteria import Statistics
+from hf_compress.criteria import Criterion, Statistics, seed_of
 from hf_compress.registry import Registry
 from hf_compress.weights import Weight
 
@@ -26,16 +27,32 @@ class Solved:
 class Solver:
     """What the one-shot engine applies to every matrix.
 
-    solve: (weight, statistics) -> its new values; `weight.matrix` holds the old. needs: the `Statistics` fields it
-    reads; none of them, and the blocks are not run at all. options: JSON facts that tell two solvers apart,
-    so that finished blocks of another run are not taken for this one's.
+    solve: (weights that read one input, its statistics) -> the new values of each; `weight.matrix` holds the old.
+    needs: the `Statistics` fields it reads; none of them, and the blocks are not run at all.
+    staged: inside a block too, each matrix sees what the already compressed ones before it let through.
+    options: JSON facts that tell two solvers apart, so that finished blocks of another run are not taken for this
+    one's.
     """
 
-    solve: Callable[[Weight, Statistics], Solved]
+    solve: Callable[[Sequence[Weight], Statistics], list[Solved]]
     needs: tuple[str, ...] = ()
+    staged: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
 solvers: Registry[Callable[..., Solver]] = Registry("solver", __name__)
 """``solver(**options) -> Solver``. Trait `makes`: ``zeros`` (a `prune` stage) or ``codes`` (a `quantize` stage, with
 options bits and group_size)."""
+
+DENSE_TARGET = ("cross", "folds")
+"""What a solver asks for that aims at the dense model's outputs."""
+
+
+def scored(
+    criterion: Criterion, weight: Weight, statistics: Statistics, gradients: Mapping[str, Statistics] | None
+) -> Tensor:
+    """A criterion's scores of one weight, (out, in), from what calibration saw and (`gradients`, by weight name) what
+    `gradient_statistics` found."""
+    more = (gradients or {}).get(weight.name, Statistics())
+    known = replace(statistics, gradient=more.gradient, fisher=more.fisher, seed=seed_of(weight.name))
+    return criterion(weight.matrix, known)

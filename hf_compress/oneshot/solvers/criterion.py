@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from hf_compress.criteria import Statistics, criteria
-from hf_compress.errors import CompressError
-from hf_compress.oneshot.solvers import Solved, Solver, solvers
-from hf_compress.patterns import mask_of
+from collections.abc import Mapping, Sequence
+
+from hf_compress.criteria import ONESHOT, Statistics, criteria, usable
+from hf_compress.oneshot.amount import Amount
+from hf_compress.oneshot.solvers import Solved, Solver, scored, solvers
 from hf_compress.weights import Weight
 
 
@@ -14,21 +15,33 @@ from hf_compress.weights import Weight
     summary="zero the lowest-scored weights, leave the rest as they are",
     paper="https://arxiv.org/abs/2306.11695",
     makes="zeros",
+    takes_criterion=True,
 )
-def by_criterion(*, criterion: str, sparsity: float, pattern: str = "unstructured") -> Solver:
-    """Wanda compares scores within each output row, magnitude within each matrix; N:M within each group of M inputs.
+def by_criterion(
+    *,
+    criterion: str = "wanda",
+    sparsity: float,
+    pattern: str = "unstructured",
+    group: str | None = None,
+    sparsities: Mapping[str, float] | None = None,
+    gradients: Mapping[str, Statistics] | None = None,
+) -> Solver:
+    """Unless `group` says otherwise Wanda compares scores within each output row, magnitude within each matrix.
+
+    Args:
+        sparsities: weight name -> its own sparsity. gradients: weight name -> Statistics with gradient and fisher, for
+        the criteria that need them.
 
     Raises:
-        CompressError: unknown criterion; while solving: M does not divide the inputs, scores that are not finite.
+        CompressError: unknown criterion, or one that only training can serve; as `Amount`.
     """
+    usable(criterion, ONESHOT, during="one-shot pruning", where="criterion")
     entry = criteria.entry(criterion)
+    amount = Amount(sparsity, pattern, group or entry.traits["group"], sparsities or {})
 
-    def solve(weight: Weight, statistics: Statistics) -> Solved:
-        scores = entry.value(weight.matrix, statistics)
-        try:
-            mask = mask_of(scores, sparsity=sparsity, pattern=pattern, group=entry.traits["group"])
-        except CompressError as error:
-            raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
-        return Solved(weight.matrix * mask)
+    def solve(weights: Sequence[Weight], statistics: Statistics) -> list[Solved]:
+        masks = (amount.mask(scored(entry.value, w, statistics, gradients), w.name) for w in weights)
+        return [Solved(weight.matrix * mask) for weight, mask in zip(weights, masks, strict=True)]
 
-    return Solver(solve, entry.traits["needs"], {"criterion": criterion, "sparsity": sparsity, "pattern": pattern})
+    calibrated = tuple(need for need in entry.traits["needs"] if need in ("input_norm", "hessian"))
+    return Solver(solve, calibrated, "hessian" in calibrated, {"criterion": criterion} | amount.facts())

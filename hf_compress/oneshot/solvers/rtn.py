@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
 from hf_compress.fake_quant import Grid, fake_quantize, scales
@@ -18,12 +20,15 @@ def rtn(*, bits: int, group_size: int | None = None) -> Solver:
     """
     grid = Grid(bits, group_size)
 
-    def solve(weight: Weight, statistics: Statistics) -> Solved:
-        matrix = weight.matrix
-        try:
-            scale = scales(matrix, grid)
-            return Solved(fake_quantize(matrix, scale, grid), scale)
-        except CompressError as error:
-            raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
+    def solve(weights: Sequence[Weight], statistics: Statistics) -> list[Solved]:
+        return [_rounded(weight, grid) for weight in weights]
 
-    return Solver(solve, (), {"solver": "rtn", "bits": bits, "group_size": group_size})
+    return Solver(solve, options={"solver": "rtn", "bits": bits, "group_size": group_size})
+
+
+def _rounded(weight: Weight, grid: Grid) -> Solved:
+    try:
+        scale = scales(weight.matrix, grid)
+        return Solved(fake_quantize(weight.matrix, scale, grid), scale)
+    except CompressError as error:
+        raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error

@@ -1,0 +1,158 @@
+"""One arm of `oneshot_pruning.py`, in a process and, for the peer, an environment of its own: prune, measure, write JSON.
+
+    python tests/benchmarks/pruning_arm.py --library ours --method admm --pattern 2:4 --sparsity 0.5 \\
+        --model FOLDER --tokens tokens.safetensors --seed 0 --out arm.json
+
+CPU seconds and peak resident memory cover loading the model and pruning it, above the process with its libraries
+imported. Perplexity and KL to the dense model are taken afterwards, for each held-out sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+
+class Peak:
+    """The highest resident memory of this process, in MB above where it began, sampled every 10 ms."""
+
+    def __enter__(self) -> Peak:
+        self.begin = self.top = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.top = max(self.top, self._now())
+
+    @staticmethod
+    def _now() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def megabytes(self) -> float:
+        return self.top - self.begin
+
+
+def load(folder: str, **options: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def prune_by_peer(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
+    """llm-compressor on the same tokens, a sequence at a time, as it does by default."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[args.method]
+    model = load(args.model)
+    mask_structure = "0:0" if args.pattern == "unstructured" else args.pattern
+    recipe = kind(sparsity=args.sparsity, mask_structure=mask_structure, targets=["Linear"], ignore=["lm_head"])
+    rows = Dataset.from_list([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids])
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(args.model),
+        recipe=recipe,
+        dataset=rows,
+        num_calibration_samples=len(ids),
+        max_seq_length=ids.shape[1],
+        shuffle_calibration_samples=False,
+    )
+    return model
+
+
+def prune_by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
+    from hf_compress.families import expert_options
+    from hf_compress.oneshot import compress_blocks, solvers
+
+    model = load(args.model)
+    options = expert_options(model.config)
+    if options:
+        model = load(args.model, **options)
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]
+    given = {"sparsity": args.sparsity, "pattern": args.pattern} | json.loads(args.options)
+    solver = (
+        solvers[args.method](**given)
+        if args.method in solvers
+        else solvers["criterion"](criterion=args.method, **given)
+    )
+    compress_blocks(model, batches, solver)
+    return model
+
+
+@torch.no_grad()
+def answers(pruned: PreTrainedModel, dense: PreTrainedModel, ids: torch.Tensor) -> dict[str, list[float]]:
+    """Mean negative log-likelihood of both and KL(dense, pruned), nats a token, of each held-out sequence."""
+    found: dict[str, list[float]] = {"nll": [], "dense_nll": [], "kl": []}
+    for row in ids:
+        ours, theirs = (torch.log_softmax(m(row[None]).logits[0, :-1].float(), -1) for m in (pruned, dense))
+        next_token = row[1:, None]
+        found["nll"].append(-ours.gather(1, next_token).mean().item())
+        found["dense_nll"].append(-theirs.gather(1, next_token).mean().item())
+        found["kl"].append((theirs.exp() * (theirs - ours)).sum(-1).mean().item())
+    return found
+
+
+def zeros(model: PreTrainedModel, pattern: str) -> dict[str, float]:
+    """Share of zeros among the block matrices, and of groups that keep to N:M (1 where there is no such pattern)."""
+    total = zero = groups = good = 0
+    for name, value in model.named_parameters():
+        if ".layers." in name and value.dim() >= 2 and "norm" not in name and not name.endswith("mlp.gate.weight"):
+            total, zero = total + value.numel(), zero + int((value == 0).sum())
+            if pattern != "unstructured":
+                keep, of = map(int, pattern.split(":"))
+                kept = (value.reshape(-1, of) != 0).sum(1)
+                groups, good = groups + len(kept), good + int((kept <= keep).sum())
+    return {"sparsity": zero / total, "valid_groups": good / groups if groups else 1.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", choices=["ours", "llm-compressor"], required=True)
+    parser.add_argument("--method", required=True)
+    parser.add_argument("--sparsity", type=float, required=True)
+    parser.add_argument("--pattern", default="unstructured")
+    parser.add_argument("--options", default="{}", help="further options of our solver, as JSON")
+    parser.add_argument("--model", required=True)
+    parser.add_argument(
+        "--tokens", required=True, help="safetensors with `heldout` and `calibration-SEED`, (rows, tokens)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tokens = load_file(args.tokens)
+    if args.library == "ours":
+        import hf_compress.oneshot
+        import hf_compress.patterns  # noqa: F401  imported before memory and time count
+    else:
+        import llmcompressor.modifiers.pruning  # noqa: F401
+    with Peak() as peak:
+        wall, cpu = time.time(), time.process_time()
+        model = (prune_by_us if args.library == "ours" else prune_by_peer)(args, tokens[f"calibration-{args.seed}"])
+        cpu, wall = time.process_time() - cpu, time.time() - wall
+    found: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("out", "model", "tokens")}
+    found |= {"cpu_seconds": cpu, "wall_seconds": wall, "peak_mb": peak.megabytes} | zeros(model, args.pattern)
+    if "heldout" in tokens:
+        found |= answers(model.eval(), load(args.model), tokens["heldout"])
+    part = args.out.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.rename(args.out)
+
+
+if __name__ == "__main__":
+    main()
