@@ -151,7 +151,7 @@ class Gathered:
                 for weight in weights:
                     read = rows
                     if weight.attribute != up:
-                        first, second = F.linear(rows, module.get_parameter(up)[expert].to(rows.dtype)).chunk(2, -1)
+                        first, second = F.linear(rows, getattr(module, up)[expert].to(rows.dtype)).chunk(2, -1)
                         read = module.act_fn(first) * second  # type: ignore[operator]
                     self._see(weight, read * gate)
 

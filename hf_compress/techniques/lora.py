@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,25 +22,25 @@ Change = Callable[[Tensor], Tensor]
 
 
 class Merged:
-    """Stands in for the forward of one LoRA layer: y = x change(W + scaling B A)^T + b.
+    """Stands in for the forward of one LoRA layer (or of one parameter of stacked experts): y = x change(W + s BA)^T.
 
     Plain LoRA adds W x and scaling B A x apart, where no mask on the sum can act. While adapters are switched off
     (a teacher that is the student's own base) the layer computes with W as before. No state_dict key changes.
     """
 
-    def __init__(self, layer: LoraLinear) -> None:
+    def __init__(self, layer: LoraLayer) -> None:
         self.layer, self.plain, self.changes = layer, layer.forward, list[Change]()
+        self.attribute = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
 
     def weight(self) -> Tensor:
-        """W + the sum over active adapters of scaling B A, as stored, in at least fp32 and outside autocast."""
+        """W + the sum over active adapters of scaling B A, as stored, summed in fp32 and outside autocast."""
         layer = self.layer
-        stored: Tensor = layer.get_base_layer()._parameters["weight"]
+        stored: Tensor = layer.get_base_layer()._parameters[self.attribute]
         with torch.autocast(stored.device.type, enabled=False):
             total = stored.float()
             for name in layer.active_adapters:
                 if name in layer.lora_A:
-                    product = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
-                    total = total + (product.T if layer.fan_in_fan_out else product) * layer.scaling[name]
+                    total = total + layer.get_delta_weight(name)
         return total
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -51,11 +51,11 @@ class Merged:
         changed = self.weight()
         for change in self.changes:
             changed = change(changed)
-        base.__dict__["weight"] = changed.to(base._parameters["weight"].dtype)
+        base.__dict__[self.attribute] = changed.to(base._parameters[self.attribute].dtype)
         try:
-            out = base(x, *args, **kwargs)
+            out = self.layer.base_layer(x, *args, **kwargs)  # the base, or for experts the layer of another parameter
         finally:
-            del base.__dict__["weight"]
+            del base.__dict__[self.attribute]
         return out
 
 
@@ -64,7 +64,7 @@ def merge_in_forward(model: nn.Module, weights: list[Weight], *, where: str) -> 
     gets the same ones. Empty for a model without adapters.
 
     Raises:
-        CompressError: adapters other than plain LoRA without dropout on linear layers.
+        CompressError: adapters other than plain LoRA without dropout, on linear layers or stacked experts.
     """
     if not isinstance(model, PeftModel):
         return {}
@@ -75,21 +75,24 @@ def merge_in_forward(model: nn.Module, weights: list[Weight], *, where: str) -> 
             where=where,
             next_step="use a LoraConfig, or train the whole weights",
         )
-    by_module = {weight.module: weight for weight in weights}
+    parameters = {(weight.module, weight.attribute): weight.parameter for weight in weights}
     found = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and layer.get_base_layer() in by_module:
-            _check(name, layer, where=where)
-            if not isinstance(layer.forward, Merged):
-                layer.forward = Merged(layer)
-            found[by_module[layer.get_base_layer()].parameter] = layer.forward
+        if isinstance(layer, LoraLayer):
+            attribute = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+            parameter = parameters.get((layer.get_base_layer(), attribute))
+            if parameter is not None:
+                _check(name, layer, where=where)
+                if not isinstance(layer.forward, Merged):
+                    layer.forward = Merged(layer)
+                found[parameter] = layer.forward
     return found
 
 
 def _check(name: str, layer: LoraLayer, *, where: str) -> None:
     wrong = {
-        "adapters of this kind of layer have no single W + BA": type(layer) is not LoraLinear
-        or not isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)),
+        "adapters of this kind of layer have no single W + BA": not isinstance(layer, ParamWrapper)
+        and not (type(layer) is LoraLinear and isinstance(layer.get_base_layer(), (nn.Linear, Conv1D))),
         "a variant of LoRA (DoRA or another) is not W + BA": len(layer.lora_variant) > 0,
         "dropout on the adapter's input leaves no single W + BA": any(
             isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in layer.lora_dropout.values()

@@ -11,25 +11,24 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_compress.budgets import given, owl
-from hf_compress.criteria import TRAINING, criteria, usable
-from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.budgets import given
+from hf_compress.criteria import criteria
+from hf_compress.errors import CompressError
 from hf_compress.masks import sha256
-from hf_compress.patterns import GROUPS, NM, check_fits, check_target, parse_pattern
+from hf_compress.patterns import check_fits
 from hf_compress.selection import without
 from hf_compress.techniques.base import Technique
 from hf_compress.techniques.choosing import chosen, owl_sparsities, present
 from hf_compress.techniques.gathering import GRADIENTS, Gathered
 from hf_compress.techniques.lora import check_teacher, merge_in_forward
 from hf_compress.techniques.masking import Masks
+from hf_compress.techniques.pruning_options import check_options
 from hf_compress.techniques.rewinding import Snapshot
-from hf_compress.techniques.schedule import Plan, check_schedule, parse_when, steps_in_epoch
+from hf_compress.techniques.schedule import Plan, steps_in_epoch
 from hf_compress.weights import Weight, weights
 
 if TYPE_CHECKING:
     from hf_compress.trainer import CompressionTrainer
-
-BUDGETS = ("uniform", "owl")
 
 
 @dataclass(eq=False)
@@ -79,66 +78,23 @@ class Pruning(Technique):
     skip: list[str] = field(default_factory=list, metadata={"help": "regular expressions of weights to leave dense"})
 
     def check(self) -> None:
-        check_target(self.sparsity, self.pattern)
-        usable(self.criterion, TRAINING, during="training", where="prune.criterion")
-        check_schedule(self.schedule)
-        if self.budget not in BUDGETS:
-            raise CompressError(
-                f"unknown budget {self.budget!r}", where="prune.budget", next_step=did_you_mean(self.budget, BUDGETS)
-            )
-        if self.group is not None and self.group not in GROUPS:
-            raise CompressError(
-                f"unknown group {self.group!r}", where="prune.group", next_step=did_you_mean(self.group, GROUPS)
-            )
-        if self.budget == "owl":
-            owl({0: 0.0}, {0: 1}, sparsity=self.sparsity)
-        iterative, shared = self.schedule == "iterative", self.budget != "uniform" or bool(self.sparsities)
-        blind = self.schedule in ("oneshot", "iterative") or self.initial_sparsity > 0
-        number, unit = parse_when(self.begin, where="prune.begin")
-        for when, where in ((self.end, "end"), (self.every, "every"), (self.rewind_to or 0, "rewind_to")):
-            parse_when(when, where=f"prune.{where}")
-        ends, same_unit = parse_when(self.end, where="prune.end")
-        nm = isinstance(parse_pattern(self.pattern), NM)
-        wrong = {
-            ("initial_sparsity is not between 0 and sparsity", "initial_sparsity"): not (
-                0 <= self.initial_sparsity <= self.sparsity
-            ),
-            ("begin is after end", "begin"): same_unit == unit and number > ends and not self._at_once,
-            ("it begins where the run ends", "begin"): (number, unit) == (1, "share"),
-            ("zeros that are there are kept from the first step on", "begin"): self.schedule == "constant"
-            and number > 0,
-            ("the iterative schedule needs a number of cycles", "cycles"): iterative and (self.cycles or 0) < 1,
-            ("cycles and rewind_to belong to the iterative schedule", "schedule"): not iterative
-            and not (self.cycles is None and self.rewind_to is None),
-            (f"{self.pattern} compares within its own groups", "group"): nm and self.group is not None,
-            (f"{self.pattern} gives every block the same sparsity", "budget"): nm and shared,
-            ("one threshold over all matrices leaves no budgets", "group"): self.group == "global" and shared,
-            ("owl and given sparsities are two budgets", "budget"): self.budget == "owl" and bool(self.sparsities),
-            (f"{self.criterion!r} looks at steps before the first mask, and there are none", "begin"): number == 0
-            and blind
-            and bool(self._needs),
-        }
-        for (what, where), is_so in wrong.items():
-            if is_so:
-                raise CompressError(what, where=f"prune.{where}", next_step="see `hf-compress list prune-in-training`")
+        check_options(self)
 
     @property
-    def _needs(self) -> tuple[str, ...]:
+    def needs(self) -> tuple[str, ...]:
+        """The `Statistics` fields that training has to collect."""
         return () if self.schedule == "constant" else criteria.entry(self.criterion).traits["needs"]
-
-    @property
-    def _at_once(self) -> bool:
-        return self.schedule in ("oneshot", "constant")
 
     def attach(self, model: nn.Module) -> None:
         everything = weights(model)
         names = without([w.name for w in everything], self.skip, where="prune.skip")
         self._weights = [w for w in everything if w.name in set(names)]
         for weight in self._weights:
-            check_fits(weight.shape, self.pattern, where=weight.name)
+            out, width = weight.matrix.shape  # or says that a quantizer packed it
+            check_fits((out, width), self.pattern, where=weight.name)
         self._own = given(names, self.sparsities, sparsity=self.sparsity, where="prune.sparsities")
         self._adapted = merge_in_forward(model, self._weights, where="prune")
-        if self._adapted and GRADIENTS & set(self._needs):
+        if self._adapted and GRADIENTS & set(self.needs):
             raise CompressError(
                 f"{self.criterion!r} needs gradients of the weights, and with LoRA only A and B have any",
                 where="prune.criterion",
@@ -147,7 +103,7 @@ class Pruning(Technique):
         self._masks = Masks(self._weights, self._adapted)
         for parameter, layer in self._adapted.items():
             layer.changes.append(partial(self._masks.masked, parameter))
-        self._gathered = Gathered(model, self._weights, self._needs)
+        self._gathered = Gathered(model, self._weights, self.needs)
         self._snapshot = Snapshot(model)
         self._plan: Plan | None = None
         self._seed, self._shared = 0, False  # shared: owl's budgets are made
@@ -170,7 +126,7 @@ class Pruning(Technique):
             every=self.every,
             cycles=self.cycles,
             rewind_to=self.rewind_to,
-            waits=bool(self._needs),
+            waits=bool(self.needs),
         )
 
     def on_step_begin(
