@@ -123,7 +123,5 @@ def check_teacher(
 
 def merged(model: nn.Module) -> nn.Module:
     """The plain model with its adapters merged, where `merge_in_forward` was at work; any other model as it is."""
-    layers = [module for module in model.modules() if isinstance(module.forward, Merged)]
-    for layer in layers:
-        del layer.forward  # the class's own again
-    return model.merge_and_unload() if layers else model  # type: ignore[operator]
+    at_work = any(isinstance(module.forward, Merged) for module in model.modules())
+    return model.merge_and_unload() if at_work else model  # type: ignore[operator]

@@ -50,7 +50,7 @@ def test_the_trained_function_is_the_merged_one_and_its_zeros_are_exact(
     keys = set(student.state_dict())
     pruning = Pruning(0.5, "2:4", criterion="wanda", every=1, end=0.5)
     run = trainer(student, tmp_path, [pruning], max_steps=4)
-    assert len(pruning._adapted) == len({w.parameter for w in pruning._weights})  # experts too
+    assert {w.parameter for w in pruning._weights if w.expert is not None} <= set(pruning._adapted)
     watch = Watch(student)
     run.add_callback(watch)
     run.train()
