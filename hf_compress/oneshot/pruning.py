@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +30,12 @@ class PruneOptions:
     """What to prune and how: the arguments of `prune`, and keys of a `prune` stage."""
 
     sparsity: float = field(default=0.5, metadata={"help": "share of each weight matrix set to zero"})
-    method: str = field(
-        default="alps",
-        metadata={"help": "solver (see `hf-compress list solvers`); criterion zeroes weights and refits none"},
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": "solver (see `hf-compress list solvers`); none = alps, or, where a criterion is given, criterion, "
+            "which zeroes weights and refits none"
+        },
     )
     criterion: str | None = field(
         default=None,
@@ -57,13 +59,14 @@ class PruneOptions:
     def check_options(self) -> None:
         """Raise a CompressError for what cannot work, whatever the model."""
         makers = [entry.name for entry in solvers if entry.traits["makes"] == "zeros"]
-        if self.method not in makers:
+        if self.chosen_method not in makers:
             raise CompressError(
-                f"no solver {self.method!r} for pruning", where="method", next_step=did_you_mean(self.method, makers)
+                f"no solver {self.method!r} for pruning",
+                where="method",
+                next_step=did_you_mean(self.chosen_method, makers),
             )
         check_target(self.sparsity, self.pattern)
-        takes = "takes_criterion" in solvers.entry(self.method).traits
-        if self.criterion is not None and not takes:
+        if self.criterion is not None and not self._takes_criterion:
             raise CompressError(
                 f"{self.method!r} finds its own mask and takes no criterion",
                 where="criterion",
@@ -86,14 +89,21 @@ class PruneOptions:
         self._solver({})  # what is left: options that the solver itself refuses
 
     @property
+    def chosen_method(self) -> str:
+        return self.method or ("alps" if self.criterion is None else "criterion")
+
+    @property
+    def _takes_criterion(self) -> bool:
+        return "takes_criterion" in solvers.entry(self.chosen_method).traits
+
+    @property
     def whole_model(self) -> bool:
         """Whether something needs the whole model in memory: gradients, or budgets from all blocks' scores."""
         return self.budget == "owl" or bool(GRADIENTS & set(self._criterion_needs))
 
     @property
     def _criterion_needs(self) -> tuple[str, ...]:
-        takes = "takes_criterion" in solvers.entry(self.method).traits
-        return criteria.entry(self.criterion or "wanda").traits["needs"] if takes else ()
+        return criteria.entry(self.criterion or "wanda").traits["needs"] if self._takes_criterion else ()
 
     def names(self, model: PreTrainedModel) -> list[str]:
         """The weights to prune.
@@ -121,9 +131,9 @@ class PruneOptions:
 
     def _solver(self, more: dict[str, Any]) -> Solver:
         options = {"sparsity": self.sparsity, "pattern": self.pattern, "group": self.group} | more
-        if "criterion" in inspect.signature(solvers[self.method]).parameters:
+        if self._takes_criterion:
             options["criterion"] = self.criterion or "wanda"
-        return solvers[self.method](**options)
+        return solvers[self.chosen_method](**options)
 
 
 def prune(

@@ -54,5 +54,5 @@ class Prune(PruneOptions, Stage):
             report = compress_blocks(model, batches, solver, only=names, resume_dir=work.folder / "blocks")
             touched = coverage(model, report.touched)
         touched.require(self.min_coverage, where="prune")
-        facts = report.facts() | {"method": self.method, "calibration_tokens": tokens_in(batches)}
+        facts = report.facts() | {"method": self.chosen_method, "calibration_tokens": tokens_in(batches)}
         return Done(None if self.streaming else model, facts, touched, saved)

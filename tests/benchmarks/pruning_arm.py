@@ -61,7 +61,7 @@ def prune_by_peer(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedMode
     kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[args.method]
     model = load(args.model)
     mask_structure = "0:0" if args.pattern == "unstructured" else args.pattern
-    recipe = kind(sparsity=args.sparsity, mask_structure=mask_structure, targets=["Linear"], ignore=["lm_head"])
+    recipe = kind(sparsity=args.sparsity, mask_structure=mask_structure, targets=["Linear"], ignore=["re:.*lm_head"])
     rows = Dataset.from_list([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids])
     oneshot(
         model=model,

@@ -156,7 +156,7 @@ def test_admm_beats_a_criterion_with_least_squares_at_the_same_count(pattern: st
 
 def test_the_target_is_the_matrix_itself_or_the_dense_outputs() -> None:
     x, w = correlated(4000), matrix()
-    dense, shift = x + 0.3 * correlated(4000, seed=3), correlated(4000, 16, seed=4)
+    dense, shift = x + 0.1 * correlated(4000, seed=3), x @ matrix(seed=4).T
     found = as_statistics(x, dense, shift)
     itself = problem(w, found, Target(damping=1e-2))
     torch.testing.assert_close(itself.unscaled(itself.unmasked()), w, rtol=1e-3, atol=1e-3)
@@ -257,7 +257,7 @@ def test_order_and_size_of_batches_change_nothing(name: str, method: str) -> Non
         model = tiny(name)
         prune(model, given, method=method, sparsity=0.5, pattern="2:4")
         found.append(torch.cat([(w.matrix == 0).flatten() for w in weights(model)]))
-    allowed = 0.0 if method == "sparsegpt" else 0.05  # ADMM makes much of a rounding among near ties
+    allowed = 0.002 if method == "sparsegpt" else 0.05  # ADMM makes much of a rounding among near ties
     assert all((found[0] != other).float().mean() <= allowed for other in found[1:])
 
 
@@ -362,7 +362,7 @@ def test_few_tokens_are_refused_for_refitting_and_named_when_scarce() -> None:
         ({"sparsity": 1.0}, r"not in \[0, 1\)"),
         ({"sparsity": 0.6, "pattern": "2:4"}, "0.5"),
         ({"method": "alp"}, "did you mean 'alps'"),
-        ({"criterion": "wanda"}, "takes no criterion"),
+        ({"method": "alps", "criterion": "wanda"}, "takes no criterion"),
         ({"method": "criterion", "criterion": "movement"}, "one-shot pruning does not collect"),
         ({"skip": [r"down_prj"]}, "did you mean 'down_proj'"),
         ({"sparsities": {"k_prj": 0.1}}, "did you mean 'k_proj'"),
