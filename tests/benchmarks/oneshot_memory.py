@@ -107,6 +107,31 @@ def work(source: Path, target: Path) -> None:
     )
 
 
+CHECK = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+options = {"output_loading_info": True, "experts_implementation": "eager"}
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)
+with torch.no_grad():
+    logits = model(torch.arange(5, 37)[None]).logits
+pruned = [p for n, p in model.named_parameters() if n.endswith(("down_proj", "o_proj.weight"))]
+zeros = [float((p == 0).float().mean()) for p in pruned]
+lost = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+print(json.dumps({"lost": lost, "finite": bool(torch.isfinite(logits).all()), "zeros": [min(zeros), max(zeros)]}))
+"""
+
+
+def check(target: Path) -> dict[str, Any]:
+    """Open the result as anyone would, in a process without hf_compress, and run it once."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", CHECK, str(target)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert not found["lost"], found
+    assert found["finite"], found
+    return found
+
+
 def measure(source: Path, target: Path, limit: float) -> dict[str, Any]:
     """Run `work` in a process; sample its anonymous memory every 20 ms; kill it above `limit` GB."""
     started = time.time()
@@ -150,6 +175,7 @@ def main() -> None:
             runs.append(
                 {"layers": layers, "checkpoint_gb": round(size / 1e9, 3)} | measure(source, target, args.limit_gb)
             )
+            runs[-1]["opened"] = check(target)
             print(runs[-1])
             shutil.rmtree(source)
             shutil.rmtree(target)
@@ -166,6 +192,7 @@ def main() -> None:
             ),
             figure("peak memory, GB", max(peaks), f"<= {args.limit_gb}", max(peaks) <= args.limit_gb, spread=peaks),
             figure("peak memory as depth doubles", growth, "< 1.1x", growth < 1.1),
+            figure("opened by plain from_pretrained, no key lost, finite answers", 1.0, "yes", True),
         ],
         config=CONFIG,
         limit_gb=args.limit_gb,

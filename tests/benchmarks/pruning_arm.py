@@ -1,4 +1,4 @@
-"""One arm of `oneshot_pruning.py`, in a process and, for the peer, an environment of its own: prune, measure, write JSON.
+"""One arm of `oneshot_pruning.py`, a process (for the peer an environment) of its own: prune, measure, write JSON.
 
     python tests/benchmarks/pruning_arm.py --library ours --method admm --pattern 2:4 --sparsity 0.5 \\
         --model FOLDER --tokens tokens.safetensors --seed 0 --out arm.json
