@@ -122,7 +122,7 @@ def test_conjugate_gradients_reach_the_direct_solution_and_never_go_up() -> None
     exact = direct(given, mask)
     losses = [float(given.loss(conjugate_gradients(given, mask, start, steps=n))) for n in range(12)]
     assert all(later <= earlier + 1e-6 * abs(earlier) for earlier, later in pairwise(losses))
-    far = conjugate_gradients(given, mask, start, steps=100)
+    far = conjugate_gradients(given, mask, start, steps=20)
     assert (far[~mask] == 0).all()
     torch.testing.assert_close(far, exact, rtol=1e-3, atol=1e-3)
     gradient = (far @ given.gram - given.right) * mask
@@ -166,6 +166,28 @@ def test_the_target_is_the_matrix_itself_or_the_dense_outputs() -> None:
     ours = x @ followed.unscaled(followed.unmasked()).T - outputs
     assert ours.norm() < 1.01 * best.norm()
     assert best.norm() < 0.99 * (x @ w.T - outputs).norm()
+
+
+def test_alpha_follows_the_inputs_and_beta_the_residual_stream() -> None:
+    x, w = correlated(500), matrix()
+    dense, shift = x + 0.1 * correlated(500, seed=3), x @ matrix(seed=4).T
+    found = as_statistics(x, dense, shift)
+    itself, first, second = (problem(w, found, Target(a, b)) for a, b in ((0, 0), (0.5, 0), (0, 0.5)))
+    torch.testing.assert_close(
+        (first.right - itself.right) * itself.norm, 0.5 * w @ (dense - x).T @ x, rtol=1e-2, atol=1
+    )
+    torch.testing.assert_close((second.right - itself.right) * itself.norm, 0.5 * shift.T @ x, rtol=1e-2, atol=1)
+
+
+def test_a_rough_mask_is_near_the_exact_one_and_the_last_is_exact() -> None:
+    amount, scores = Amount(0.7), torch.rand(2048, 128)
+    assert 0 < ((scores > 0) & (amount.rough_mask(scores, "w") != amount.mask(scores, "w"))).float().mean() < 0.01
+    assert amount.rough_mask(scores, "w").float().mean() == pytest.approx(0.3, abs=0.01)
+    model = tiny("llama", intermediate_size=4096)
+    prune(model, batches(), sparsity=0.7, skip=["self_attn", "down_proj"])
+    for weight in weights(model):
+        if "gate_proj" in weight.name or "up_proj" in weight.name:
+            assert (weight.matrix == 0).sum() == round(0.7 * 4096 * 64)
 
 
 def test_held_out_text_tells_a_drift_to_follow_from_noise() -> None:
@@ -285,6 +307,36 @@ def test_the_dense_stream_is_what_the_dense_model_reads() -> None:
     error = (seen["found"].cross - seen["cross"]).norm() / (seen["cross"] - seen["hessian"]).norm()
     assert error < 0.02  # the dense rows are kept in bfloat16
     assert seen["found"].residual is not None
+
+
+def test_the_residual_term_is_the_dense_stream_less_the_compressed_one() -> None:
+    given, name = batches(), "model.layers.1.self_attn.o_proj.weight"
+
+    def streams(model) -> tuple[Tensor, Tensor]:
+        seen: dict[str, list[Tensor]] = {"stream": [], "rows": []}
+        block = blocks_of(model)[1]
+        hooks = [
+            module.register_forward_pre_hook(lambda m, args, k=key: seen[k].append(args[0]))
+            for key, module in (("stream", block.input_layernorm), ("rows", block.self_attn.o_proj))
+        ]
+        answers(model, given)
+        for hook in hooks:
+            hook.remove()
+        keep = [b["attention_mask"].bool() for b in given]
+        one, two = (torch.cat([t[k] for t, k in zip(seen[key], keep, strict=True)]) for key in ("stream", "rows"))
+        return one, two
+
+    dense, _ = streams(tiny("llama"))
+    model, found = tiny("llama"), {}
+
+    def solver(group, statistics):
+        if group[0].name == name:
+            stream, rows = streams(model)
+            found.update(residual=statistics.residual, expected=(dense - stream).T @ rows)
+        return [Solved(weight.matrix * mask_of(weight.matrix.abs(), sparsity=0.5)) for weight in group]
+
+    run_blocks(model, given, Solver(solver, ("hessian", "cross"), staged=True), InMemory(model, None, ""))
+    assert (found["residual"] - found["expected"]).norm() < 0.02 * found["expected"].norm()
 
 
 def test_a_routed_experts_dense_rows_come_from_its_dense_matrices() -> None:
