@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -17,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_compress.calibration import Batch
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
-from hf_compress.families import family_of
+from hf_compress.oneshot.calls import Block, Call, first_call, halve
 from hf_compress.oneshot.gather import Reading, StageStatistics, read, without_padding
 from hf_compress.oneshot.order import InputGroup, stages_of
 from hf_compress.oneshot.solvers import Solver
@@ -107,19 +105,19 @@ def run_blocks(
         if wanted is None or weight.name in wanted:
             by_block[weight.block].append(weight)
     model.eval()
-    store.load(0)
-    calls = [_first_call(model, blocks[0], batch) for batch in batches]
-    _halve(calls, batches)
+    calls = [first_call(model, blocks[0], batch) for batch in batches]
+    halve(calls, batches)
     for call in calls:
         call.dense = call.hidden if "cross" in solver.needs else None
     report = OneshotReport()
     for index in tqdm(range(len(blocks)), desc="blocks", unit="block"):
-        if index:
+        finished, follow = store.finished(index), "cross" in solver.needs
+        if follow or not finished:
             store.load(index)
         turn = _Turn(model, index, by_block[index], solver, calls)
-        if "cross" in solver.needs:
-            turn.run_dense(keep=not store.finished(index))
-        if store.finished(index):
+        if follow:
+            turn.run_dense(keep=not finished)
+        if finished:
             store.restore(index)
         else:
             for stage in turn.stages:
@@ -138,9 +136,9 @@ def run_blocks(
 class _Turn:
     """One block's turn."""
 
-    def __init__(self, model: PreTrainedModel, index: int, found: list[Weight], solver: Solver, calls: list[_Call]):
+    def __init__(self, model: PreTrainedModel, index: int, found: list[Weight], solver: Solver, calls: list[Call]):
         self.solver, self.calls = solver, calls
-        self.block = _Block(model, index)
+        self.block = Block(model, index)
         stages = stages_of(model, found)
         self.stages = stages if solver.staged else [[group for stage in stages for group in stage]]
         self.dense: list[Reading] = [{} for _ in calls]
@@ -169,7 +167,7 @@ class _Turn:
             if module not in self.dense_gate_up:
                 self.dense_gate_up[module] = module.get_parameter(group.gate_up).detach().clone()
 
-    def _dense_into(self, call: _Call, out: list[Tensor]) -> None:
+    def _dense_into(self, call: Call, out: list[Tensor]) -> None:
         assert call.dense is not None
         out.append(self.block.whole(call, call.dense))
 
@@ -219,97 +217,3 @@ class _Turn:
         for call in self.calls:
             call.hidden = self.block(call)
             call.middle = None
-
-
-class _Block:
-    """A block that can go on from its middle: ``x + attention(norm(x))``, once known, is not computed again."""
-
-    def __init__(self, model: PreTrainedModel, index: int) -> None:
-        self.index, self.module, self._family = index, blocks_of(model)[index], family_of(model.config)
-
-    def __call__(self, call: _Call) -> Tensor:
-        if call.middle is None:
-            return self.whole(call, call.hidden)
-        ffn, norm = (self.module.get_submodule(name) for name in (self._family.ffn, self._family.residuals[1]))
-        return self._finite(call.middle + ffn(norm(call.middle)))
-
-    def whole(self, call: _Call, hidden: Tensor) -> Tensor:
-        out = self.module(hidden, *call.args, **call.kwargs)
-        return self._finite(out[0] if isinstance(out, tuple) else out)
-
-    def ends_attention(self, stage: list[InputGroup]) -> bool:
-        """Whether the stage is the one matrix whose output attention adds to the stream of such a block."""
-        return bool(self._family.ffn) and len(stage) == 1 and stage[0].residual == self._family.residuals[0]
-
-    def _finite(self, hidden: Tensor) -> Tensor:
-        if not torch.isfinite(hidden).all():
-            raise CompressError(
-                "activations are not finite",
-                where=f"block {self.index}",
-                next_step="check the calibration data and the model's dtype",
-            )
-        return hidden
-
-
-@dataclass
-class _Call:
-    """How the model calls its blocks for one batch, and its activations, (batch, tokens, hidden) each.
-
-    hidden: what goes into the next block. middle: what goes into its FFN's half, once its attention is compressed.
-    dense: as hidden, of the dense model. mask: (batch, tokens) bool, not padding. fold: (rows that are not padding,)
-    0 or 1, the half of the text they belong to.
-    """
-
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    mask: Tensor
-    middle: Tensor | None = None
-    dense: Tensor | None = None
-    fold: Tensor = field(init=False)
-
-    @property
-    def keep(self) -> Tensor:
-        return self.mask.flatten()
-
-
-def _halve(calls: list[_Call], batches: list[Batch]) -> None:
-    """Put every other sequence in the other fold, in an order that their tokens decide, not the batches."""
-    marks = [zlib.crc32(ids[mask.bool()].numpy().tobytes()) for b in batches for ids, mask in _sequences(b)]
-    place = {sequence: rank for rank, sequence in enumerate(sorted(range(len(marks)), key=marks.__getitem__))}
-    number = 0
-    for call in calls:
-        half = [place[number + row] % 2 for row in range(len(call.mask))]
-        number += len(call.mask)
-        fold = torch.tensor(half, device=call.mask.device)[:, None].expand_as(call.mask)
-        call.fold = fold.flatten()[call.keep]
-
-
-def _sequences(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True)
-
-
-class _Stop(Exception):
-    pass
-
-
-def _first_call(model: PreTrainedModel, block: nn.Module, batch: Batch) -> _Call:
-    """What the model passes to its first block for this batch."""
-    seen: list[_Call] = []
-    mask = batch["attention_mask"].bool().to(model.device)
-
-    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = copy.copy(kwargs)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        seen.append(_Call(hidden, args[1:], kwargs, mask))
-        raise _Stop
-
-    hook = block.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        model(**inputs, **({"use_cache": False} if model.can_generate() else {}))
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
-    return seen[0]
