@@ -31,10 +31,10 @@ def admm(given: Problem, start: Tensor, choose: Callable[[Tensor], Tensor], *, i
         if iteration % HOLD == 0:
             rho *= GROWTH if iteration else 1.0
             inverse = _shifted_inverse(given.gram, rho)
-        values = (given.right - dual + rho * sparse) @ inverse
-        candidate = values + dual / rho
-        sparse = candidate * choose(candidate.abs())
-        dual += rho * (values - sparse)
+        values = torch.sub(given.right, dual).add_(sparse, alpha=rho) @ inverse
+        candidate = torch.add(values, dual, alpha=1 / rho)
+        sparse = candidate.mul_(choose(candidate.abs()))
+        dual.add_(values.sub_(sparse), alpha=rho)
     return sparse
 
 

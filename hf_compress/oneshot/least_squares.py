@@ -16,16 +16,16 @@ def conjugate_gradients(given: Problem, mask: Tensor, start: Tensor, *, steps: i
     Jacobi-preconditioned form. The loss never rises; the limit is that of `direct`. The second half of ALPS (Meng et
     al. 2024, https://arxiv.org/abs/2406.07831).
     """
-    values = start
+    values = start.clone()
     residual = (given.right - values @ given.gram) * mask
     direction, square = residual.clone(), residual.square().sum(1, keepdim=True)
     for _ in range(steps):
         image = direction @ given.gram
         step = square / (direction * image).sum(1, keepdim=True).clamp_min(1e-30)
-        values = values + step * direction
-        residual.sub_(step * image).mul_(mask)
+        values.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1).mul_(mask)
         before, square = square, residual.square().sum(1, keepdim=True)
-        direction = residual + square / before.clamp_min(1e-30) * direction
+        direction.mul_(square / before.clamp_min(1e-30)).add_(residual)
     return values
 
 

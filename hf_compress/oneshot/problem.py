@@ -6,7 +6,7 @@ the compressed and in the dense model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hf_compress.criteria import Statistics
 
 DAMPINGS = (0.01, 0.03, 0.1)  # of the mean diagonal of H
 DEFAULT_DAMPING = 0.03
+ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,13 @@ def held_out_target(matrix: Tensor, statistics: Statistics, *, follow: bool = Tr
     is quadratic in the c, so its minimiser solves a 2 x 2 system, summed over both ways round. Each damping has its
     own; the best is kept. Twice the text halves the noise of a direction: c = s / (s + n) becomes s / (s + n / 2).
 
-    Where a half saw nothing, or follow is False, the target is W itself.
+    They are numbers that all rows share, so at most `ROWS` of these are looked at. Where a half saw nothing, or follow
+    is False, the target is W itself.
     """
     halves = statistics.folds
     if not follow or statistics.cross is None or len(halves) != 2 or min(h.tokens for h in halves) == 0:
         return Target()
-    matrix = matrix.float()
+    matrix, halves = _some_rows(matrix.float(), halves)
     best: tuple[float, Target] | None = None
     for damping in DAMPINGS:
         square, against = torch.zeros(2, 2), torch.zeros(2)
@@ -115,6 +117,12 @@ def held_out_target(matrix: Tensor, statistics: Statistics, *, follow: bool = Tr
             best = gain, Target(alpha, beta, damping)
     assert best is not None
     return best[1]
+
+
+def _some_rows(matrix: Tensor, halves: tuple[Statistics, ...]) -> tuple[Tensor, tuple[Statistics, ...]]:
+    every = slice(None, None, -(-len(matrix) // ROWS))
+    pulls = [None if half.residual is None else half.residual[every] for half in halves]
+    return matrix[every], tuple(replace(half, residual=pull) for half, pull in zip(halves, pulls, strict=True))
 
 
 def _with_twice_the_text(share: float) -> float:

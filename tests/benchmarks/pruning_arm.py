@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 
 class Peak:
@@ -75,14 +76,11 @@ def prune_by_peer(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedMode
     return model
 
 
-def prune_by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
+def prune_by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel | None:
+    """In memory; streamed from disk to disk: None, and the result lies in `args.target`."""
     from hf_compress.families import expert_options
-    from hf_compress.oneshot import compress_blocks, solvers
+    from hf_compress.oneshot import compress_blocks, compress_checkpoint, solvers
 
-    model = load(args.model)
-    options = expert_options(model.config)
-    if options:
-        model = load(args.model, **options)
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]
     given = {"sparsity": args.sparsity, "pattern": args.pattern} | json.loads(args.options)
     solver = (
@@ -90,6 +88,10 @@ def prune_by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
         if args.method in solvers
         else solvers["criterion"](criterion=args.method, **given)
     )
+    if args.library == "ours-streamed":
+        compress_checkpoint(Path(args.model), args.target, batches, solver)
+        return None
+    model = load(args.model, **expert_options(AutoConfig.from_pretrained(args.model)))
     compress_blocks(model, batches, solver)
     return model
 
@@ -122,7 +124,7 @@ def zeros(model: PreTrainedModel, pattern: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", choices=["ours", "llm-compressor"], required=True)
+    parser.add_argument("--library", choices=["ours", "ours-streamed", "llm-compressor"], required=True)
     parser.add_argument("--method", required=True)
     parser.add_argument("--sparsity", type=float, required=True)
     parser.add_argument("--pattern", default="unstructured")
@@ -136,22 +138,26 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokens = load_file(args.tokens)
-    if args.library == "ours":
+    ours = args.library != "llm-compressor"
+    args.target = args.out.with_suffix(".checkpoint")
+    if ours:
         import hf_compress.oneshot
         import hf_compress.patterns  # noqa: F401  imported before memory and time count
     else:
         import llmcompressor.modifiers.pruning  # noqa: F401
     with Peak() as peak:
         wall, cpu = time.time(), time.process_time()
-        model = (prune_by_us if args.library == "ours" else prune_by_peer)(args, tokens[f"calibration-{args.seed}"])
+        pruned = (prune_by_us if ours else prune_by_peer)(args, tokens[f"calibration-{args.seed}"])
         cpu, wall = time.process_time() - cpu, time.time() - wall
-    found: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("out", "model", "tokens")}
+    model = pruned or load(str(args.target))
+    found: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("out", "model", "tokens", "target")}
     found |= {"cpu_seconds": cpu, "wall_seconds": wall, "peak_mb": peak.megabytes} | zeros(model, args.pattern)
     if "heldout" in tokens:
         found |= answers(model.eval(), load(args.model), tokens["heldout"])
     part = args.out.with_suffix(".part")
     part.write_text(json.dumps(found))
     part.rename(args.out)
+    shutil.rmtree(args.target, ignore_errors=True)
 
 
 if __name__ == "__main__":
