@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -130,7 +131,7 @@ def list_(
     """Name, one line and paper of everything of a kind; or keys, meaning and default of a section of a recipe."""
     table = Table("name", "what", "paper or default", box=None)
     for row in listing(what):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
 
 

@@ -28,6 +28,8 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     [("losses", "forward_kl"), ("criteria", "wanda"), ("backends", "bitsandbytes"), ("families", "deepseek_v3")]
     + [
         ("solvers", "rtn"),
+        ("criteria", "[H^-1]_jj"),
+        ("prune", "budget"),
         ("data", "completion_only"),
         ("train", "extra_data"),
         ("stages", "shrink"),

@@ -81,7 +81,7 @@ def prune_by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel 
     from hf_compress.families import expert_options
     from hf_compress.oneshot import compress_blocks, compress_checkpoint, solvers
 
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(2)]
     given = {"sparsity": args.sparsity, "pattern": args.pattern} | json.loads(args.options)
     solver = (
         solvers[args.method](**given)
