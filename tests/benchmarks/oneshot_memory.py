@@ -133,7 +133,7 @@ def check(target: Path) -> dict[str, Any]:
 
 
 def measure(source: Path, target: Path, limit: float) -> dict[str, Any]:
-    """Run `work` in a process; sample its anonymous memory every 20 ms; kill it above `limit` GB."""
+    """Run `work` in a process; sample its anonymous memory every 50 ms; kill it above `limit` GB."""
     started = time.time()
     command = [sys.executable, __file__, "--work", str(source), str(target)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -151,7 +151,7 @@ def measure(source: Path, target: Path, limit: float) -> dict[str, Any]:
         if peak > limit:
             child.kill()
             raise SystemExit(f"above the limit: {peak:.2f} GB > {limit} GB")
-        time.sleep(0.02)
+        time.sleep(0.05)
     assert child.stdout is not None
     line = next(x for x in child.stdout.read().splitlines() if x.startswith("RESULT"))
     found = json.loads(line.removeprefix("RESULT"))
