@@ -51,7 +51,7 @@ class Coverage:
             raise CompressError(
                 f"covers {low:.1%} of the weights, below min_coverage {minimum:.0%}; left out: {worst}",
                 where=where,
-                next_step="pick a backend that stores them, or lower min_coverage knowingly",
+                next_step="pick a backend that stores them, skip less, or lower min_coverage knowingly",
             )
 
 

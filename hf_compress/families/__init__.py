@@ -29,6 +29,7 @@ class Experts:
     stored_down: str = "down_proj"
     router: tuple[str, ...] = ("mlp.gate",)
     shared: str = ""  # the shared experts' MLP, or "" where there is none
+    shared_gated: bool = False  # its output is weighted by a gate of its own
     count: str = "num_experts"  # config fields
     active: str = "num_experts_per_tok"
 
@@ -65,7 +66,7 @@ class Family:
     num_layers: str = "num_hidden_layers"
     per_layer_fields: tuple[str, ...] = ("layer_types",)
     residuals: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
-    ffn: str = "mlp"
+    ffn: str = ""
     experts: Experts | None = None
     refused: str = ""
 

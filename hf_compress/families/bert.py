@@ -15,7 +15,6 @@ add_family(
         down="output.dense",
         per_layer_fields=(),
         residuals=("attention.self.query", "intermediate.dense"),
-        ffn="",
     ),
     summary="BERT, MiniLM, RoBERTa: encoders with a two-matrix FFN",
     paper="https://arxiv.org/abs/1810.04805",

@@ -15,12 +15,12 @@ _mla = (
 _experts = Experts(shared="mlp.shared_experts", count="n_routed_experts")
 
 add_family(
-    Family(name="deepseek_v2", model_types=("deepseek_v2",), attention=_mla, experts=_experts),
+    Family(name="deepseek_v2", model_types=("deepseek_v2",), ffn="mlp", attention=_mla, experts=_experts),
     summary="DeepSeek-V2 and V2-Lite: MLA, softmax router",
     paper="https://arxiv.org/abs/2405.04434",
 )
 add_family(
-    Family(name="deepseek_v3", model_types=("deepseek_v3",), attention=_mla, experts=_experts),
+    Family(name="deepseek_v3", model_types=("deepseek_v3",), ffn="mlp", attention=_mla, experts=_experts),
     summary="DeepSeek-V3 and R1: MLA, sigmoid router with correction bias, FP8 sources",
     paper="https://arxiv.org/abs/2412.19437",
 )

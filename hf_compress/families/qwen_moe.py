@@ -6,13 +6,14 @@ add_family(
     Family(
         name="qwen2_moe",
         model_types=("qwen2_moe",),
-        experts=Experts(shared="mlp.shared_expert", router=("mlp.gate", "mlp.shared_expert_gate")),
+        ffn="mlp",
+        experts=Experts(shared="mlp.shared_expert", shared_gated=True, router=("mlp.gate", "mlp.shared_expert_gate")),
     ),
     summary="Qwen1.5/2-MoE: routed experts and one gated shared expert",
     paper="https://arxiv.org/abs/2407.10671",
 )
 add_family(
-    Family(name="qwen3_moe", model_types=("qwen3_moe",), experts=Experts()),
+    Family(name="qwen3_moe", model_types=("qwen3_moe",), ffn="mlp", experts=Experts()),
     summary="Qwen3-MoE: routed experts, no shared expert",
     paper="https://arxiv.org/abs/2505.09388",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -66,7 +67,9 @@ class Amount:
         stride = scores.numel() // SAMPLE
         if stride < 2 or self.pattern != "unstructured" or self.group != "layer":
             return self.mask(scores, name)
-        sample = scores.flatten()[:: stride | 1]  # odd, so that it runs through the columns
+        while math.gcd(stride, scores.shape[1]) > 1:  # so that it runs through the columns
+            stride += 1
+        sample = scores.flatten()[::stride]
         drop = round(self.of(name) * len(sample))
         return scores > sample.kthvalue(drop).values if drop else scores >= 0
 

@@ -98,6 +98,9 @@ def first_call(model: PreTrainedModel, block: nn.Module, batch: Batch) -> Call:
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = copy.copy(kwargs)
+        for name, off in (("past_key_values", None), ("use_cache", False)):
+            if name in kwargs:  # a block runs many times: it must not add to a cache, nor read what it added
+                kwargs[name] = off
         hidden = args[0] if args else kwargs.pop("hidden_states")
         seen.append(Call(hidden, args[1:], kwargs, mask))
         raise _Stop

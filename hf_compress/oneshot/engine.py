@@ -18,7 +18,7 @@ from hf_compress.errors import CompressError
 from hf_compress.oneshot.calls import Block, Call, first_call, halve
 from hf_compress.oneshot.gather import Reading, StageStatistics, read, without_padding
 from hf_compress.oneshot.order import InputGroup, stages_of
-from hf_compress.oneshot.solvers import Solver
+from hf_compress.oneshot.solvers import Solved, Solver
 from hf_compress.weights import Weight, blocks_of, weights
 
 FEWEST = 0.25  # tokens for each input, below which nothing is fitted
@@ -80,8 +80,8 @@ def run_blocks(
     any pass.
 
     Memory: one block (what `store` keeps live), the activations of all batches (of both streams, and what each matrix
-    of the block reads in the dense one, when asked for), the statistics of one stage (of one expert, in a
-    staged solver).
+    of the block reads in the dense one, when asked for, with a copy of its experts' first matrices), the statistics
+    of one stage (in a staged solver, of one expert and its layer's sum).
 
     Raises:
         CompressError: no batches for a solver that needs statistics; far fewer tokens than a matrix has inputs, for
@@ -160,7 +160,8 @@ class _Turn:
             out: list[Tensor] = []
             run = partial(self._dense_into, call, out)
             seen = without_padding(read(run, modules if keep else (), leave=False), call.keep)
-            dense |= {module: (args[0].to(torch.bfloat16),) for module, args in seen.items()}
+            for module, (rows, *_) in seen.items():
+                dense[module] = (rows.to(torch.bfloat16) if rows.element_size() > 2 else rows,)
             call.dense = out[0]
         for group in (g for stage in self.stages for g in stage if g.gate_up and keep):
             module = group.first.module
@@ -189,15 +190,25 @@ class _Turn:
         scales: dict[str, Tensor] = {}
         for number, group in enumerate(stage):
             statistics = found.of(group) if self.solver.staged else known[number]
-            if "hessian" in self.solver.needs:
+            if self.solver.refits:
                 self._check_tokens(group, statistics)
-            for weight, solved in zip(group.weights, self.solver.solve(group.weights, statistics), strict=True):
+            for weight, solved in zip(group.weights, self._solved(group, statistics), strict=True):
                 weight.matrix.copy_(solved.values)
                 if solved.scale is not None:
                     scales[weight.name] = solved.scale
         for call, rows in zip(self.calls if writes else [], written, strict=True):
             call.middle = call.hidden + stage[0].first.module(rows).view_as(call.hidden)
         return scales
+
+    def _solved(self, group: InputGroup, statistics: Statistics) -> list[Solved]:
+        try:
+            return self.solver.solve(group.weights, statistics)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise CompressError(
+                f"the statistics of its input cannot be factorised: {error}",
+                where=group.first.name,
+                next_step="give more calibration text, or look for inputs that are all but constant",
+            ) from error
 
     def _check_tokens(self, group: InputGroup, statistics: Statistics) -> None:
         """Values fitted to few tokens fit those and no others: below one for each input they do worse than a mask
@@ -207,7 +218,7 @@ class _Turn:
             raise CompressError(
                 f"{statistics.tokens} calibration tokens are too few to refit {group.first.shape[1]} inputs",
                 where=group.first.name,
-                next_step="give more rows (at least twice as many tokens as inputs), or use method: criterion",
+                next_step="give more rows (at least twice as many tokens as inputs), or a method that refits nothing",
             )
         if share < 1:
             self.scarce |= {weight.name: round(share, 3) for weight in group.weights}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
 from hf_compress.oneshot.order import InputGroup
-from hf_compress.oneshot.statistics import Sums, mixed, shrunk
+from hf_compress.oneshot.statistics import Sums, featureless, pooled, shrunk
 
 STARVED = 32  # an expert that saw fewer tokens is named in the report
 
@@ -81,7 +81,7 @@ class StageStatistics:
         """One batch. fold: (rows,), the half of the text each row belongs to. dense: what the dense model read, empty
         when no solver asks. residuals: group -> the module that reads the stream its output is added to."""
         for group in self.groups:
-            if not torch.isfinite(seen[group.first.module][0].sum()):
+            if not torch.isfinite(seen[group.first.module][0].sum(dtype=torch.float32)):
                 raise CompressError(
                     "activations are not finite",
                     where=f"what {group.first.name} reads",
@@ -107,8 +107,8 @@ class StageStatistics:
             return own
         layer = group.first.parameter
         if layer not in self._pooled:
-            everybody = [self._of_expert(g) for g in self.groups if g.first.parameter == layer]
-            self._pooled[layer] = mixed(everybody, [1.0] * len(everybody))
+            everybody = pooled(self._of_expert(g) for g in self.groups if g.first.parameter == layer)
+            self._pooled[layer] = featureless(everybody) if group.gate_up else everybody
         return shrunk(own, self._pooled[layer], prior)
 
     def _prior(self, group: InputGroup) -> float:

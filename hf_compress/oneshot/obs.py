@@ -26,7 +26,7 @@ def obs_prune(
     """
     values = matrix.clone()
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=matrix.device)
     width = values.shape[1]
     for begin in range(0, width, COLUMNS):
         end = min(begin + COLUMNS, width)

@@ -47,7 +47,10 @@ def stages_of(model: nn.Module, weights: list[Weight]) -> list[list[InputGroup]]
     ups = tuple(w for w in weights if local[w.name] in family.up), tuple(w for w in shared if w not in shared_down)
     downs = tuple(w for w in weights if local[w.name] == family.down), shared_down
     up_groups = [InputGroup(members) for members in ups if members]
-    down_groups = [InputGroup(members, after_ffn) for members in downs if members]
+    gated = family.experts is not None and family.experts.shared_gated
+    down_groups = [
+        InputGroup(members, "" if gated and members is shared_down else after_ffn) for members in downs if members
+    ]
     for weight in weights:
         if weight.kind == "expert":
             assert family.experts is not None

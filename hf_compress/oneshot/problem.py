@@ -96,7 +96,7 @@ def held_out_target(matrix: Tensor, statistics: Statistics, *, follow: bool = Tr
     matrix, halves = _some_rows(matrix.float(), halves)
     best: tuple[float, Target] | None = None
     for damping in DAMPINGS:
-        square, against = torch.zeros(2, 2), torch.zeros(2)
+        square, against = (torch.zeros(*size, device=matrix.device) for size in ((2, 2), (2,)))
         for fitted, held in (halves, halves[::-1]):
             factor = _factor(fitted, damping)
             directions = [torch.cholesky_solve(p.T, factor).T for p in _pulls(matrix, fitted)]
@@ -109,7 +109,7 @@ def held_out_target(matrix: Tensor, statistics: Statistics, *, follow: bool = Tr
                     square[i, j] += (image * other).sum()
         count = len(directions)
         square, against = square[:count, :count], against[:count]
-        tiny = 1e-6 * square.diagonal().max().clamp_min(1e-30) * torch.eye(count)
+        tiny = 1e-6 * square.diagonal().max().clamp_min(1e-30) * torch.eye(count, device=matrix.device)
         shares = torch.linalg.solve(square + tiny, against)
         gain = float(against @ shares)
         if best is None or gain > best[0]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hf_compress.oneshot.engine import OneshotReport, run_blocks
 from hf_compress.oneshot.gradients import gradient_statistics
 from hf_compress.oneshot.memory import InMemory, compress_blocks
 from hf_compress.oneshot.solvers import Solved, Solver, solvers
-from hf_compress.patterns import check_target
+from hf_compress.patterns import NM, check_fits, check_target, parse_pattern
 from hf_compress.selection import without
 from hf_compress.weights import Weight, weights
 
@@ -86,7 +86,13 @@ class PruneOptions:
                 where="budget",
                 next_step="use it with pattern: unstructured and without sparsities",
             )
-        self._solver({})  # what is left: options that the solver itself refuses
+        if self.budget == "owl":
+            owl({0: 0.0}, {0: 1}, sparsity=self.sparsity)
+        if self.group is not None and self.pattern != "unstructured" and isinstance(parse_pattern(self.pattern), NM):
+            raise CompressError(
+                f"{self.pattern} compares within its own groups", where="group", next_step="leave group out"
+            )
+        self._solver({"sparsities": self.sparsities})  # what the solver itself refuses
 
     @property
     def chosen_method(self) -> str:
@@ -121,6 +127,10 @@ class PruneOptions:
             `gradient_statistics` finds wrong.
         """
         names = self.names(model)
+        wanted = set(names)
+        for weight in weights(model):
+            if weight.name in wanted:
+                check_fits(weight.shape, self.pattern, where=weight.name)
         own = given(names, self.sparsities, sparsity=self.sparsity, where="sparsities") if self.sparsities else {}
         if self.budget == "owl":
             own = owl_sparsities(model, batches, names, sparsity=self.sparsity)
@@ -149,6 +159,10 @@ def prune(
     Raises:
         CompressError: as `PruneOptions.check_options`, `PruneOptions.solver` and `compress_blocks`.
     """
+    known = [f.name for f in fields(PruneOptions)]
+    for name in options:
+        if name not in known:
+            raise CompressError(f"prune has no option {name!r}", where="prune", next_step=did_you_mean(name, known))
     wanted = PruneOptions(**options)
     wanted.check_options()
     solver = wanted.solver(model, batches)
@@ -161,18 +175,24 @@ def owl_sparsities(
     """Weight name -> the sparsity of its block by `owl`, from Wanda's scores in the dense model."""
     ratios: dict[int, float] = {}
     sizes: dict[int, int] = {}
-    here: list[Tensor] = []
+    scores: dict[int, list[Tensor]] = {}  # of the block at work
+
+    def close(*blocks: int) -> None:
+        for block in blocks:
+            done = scores.pop(block)
+            ratios[block], sizes[block] = outlier_ratio(done), sum(one.numel() for one in done)
 
     def look(group: Sequence[Weight], statistics: Statistics) -> list[Solved]:
         block = group[0].block
         assert block is not None
-        if block not in sizes:
-            here.clear()
-        here.extend(criteria["wanda"](weight.matrix, statistics) for weight in group)
-        ratios[block], sizes[block] = outlier_ratio(here), sum(one.numel() for one in here)
+        if block not in scores:
+            close(*scores)
+            scores[block] = []
+        scores[block].extend(criteria["wanda"](weight.matrix, statistics) for weight in group)
         return [Solved(weight.matrix) for weight in group]
 
     run_blocks(model, batches, Solver(look, ("input_norm",)), InMemory(model, None, ""), only=names)
+    close(*scores)
     shared = owl(ratios, sizes, sparsity=sparsity)
     wanted = set(names)
     return {w.name: shared[w.block] for w in weights(model) if w.block is not None and w.name in wanted}

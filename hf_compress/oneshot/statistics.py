@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from hf_compress.criteria import Statistics
@@ -87,15 +88,47 @@ def mixed(parts: list[Statistics], shares: list[float]) -> Statistics:
     )
 
 
-def shrunk(own: Statistics, pooled: Statistics, prior: float) -> Statistics:
-    """Statistics of an expert that saw few tokens, drawn toward its layer's: (1 - w) own / n + w pooled / N a token,
-    w = prior / (n + prior), so that `prior` pooled tokens stand beside its own n; in the scale of n tokens."""
-    n, everybody = own.tokens, max(1, pooled.tokens)
-    share = prior / (n + prior)
-    made = mixed([own, pooled], [1 - share, share * max(1, n) / everybody])
-    made.tokens = n
-    if own.folds:
-        made.folds = tuple(
-            mixed([half, pooled], [1 - share, share * max(1, half.tokens) / everybody]) for half in own.folds
-        )
+def pooled(parts: Iterable[Statistics]) -> Statistics:
+    """The sum of many, of which only one is held at a time; the halves are summed as halves."""
+    total: Statistics | None = None
+    for part in parts:
+        if total is None:
+            total = part
+            continue
+        folds = tuple(mixed([a, b], [1.0, 1.0]) for a, b in zip(total.folds, part.folds, strict=True))
+        total = mixed([total, part], [1.0, 1.0])
+        total.folds = folds
+    assert total is not None
+    return total
+
+
+def featureless(one: Statistics) -> Statistics:
+    """What `one` says of an input whose features are not its own: all of them alike and uncorrelated, of the mean size
+    of one's. For the channels of an expert, which mean nothing in another expert.
+
+    The dense model's inputs are taken to be this model's, so nothing is followed.
+    """
+    found = Statistics(tokens=one.tokens, folds=tuple(featureless(half) for half in one.folds))
+    if one.input_norm is not None:
+        found.input_norm = torch.full_like(one.input_norm, float(one.input_norm.square().mean().sqrt()))
+    if one.hessian is not None:
+        found.hessian = torch.eye(len(one.hessian), device=one.hessian.device) * one.hessian.diagonal().mean()
+        found.cross = found.hessian if one.cross is not None else None
+    return found
+
+
+def shrunk(own: Statistics, layer: Statistics, prior: float) -> Statistics:
+    """Statistics of an expert that saw few tokens, drawn toward its layer's: (1 - w) own / n + w layer / N a token,
+    w = prior / (n + prior), so that `prior` tokens of the layer stand beside its own n; in the scale of n tokens.
+    Each half of the text is drawn toward the same half of the layer's."""
+    share = prior / (own.tokens + prior)
+
+    def drawn(one: Statistics, everybody: Statistics) -> Statistics:
+        scale = max(1, one.tokens) / max(1, everybody.tokens)
+        made = mixed([one, everybody], [1 - share, share * scale])
+        made.tokens = one.tokens
+        return made
+
+    made = drawn(own, layer)
+    made.folds = tuple(drawn(half, other) for half, other in zip(own.folds, layer.folds, strict=True))
     return made

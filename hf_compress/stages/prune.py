@@ -11,6 +11,7 @@ from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
 from hf_compress.oneshot import PruneOptions, compress_blocks, compress_checkpoint, empty_model
 from hf_compress.stages.base import Done, Stage, Work, refuse_after_export
+from hf_compress.weights import weights
 
 
 @dataclass
@@ -43,6 +44,9 @@ class Prune(PruneOptions, Stage):
     def run(self, work: Work) -> Done:
         model = empty_model(Path(work.checkpoint)) if self.streaming else work.model
         names = self.names(model)
+        wanted = set(names)
+        left = {w.name: "skipped by the recipe" for w in weights(model) if w.name not in wanted}
+        coverage(model, names, left).require(self.min_coverage, where="prune")  # before any work
         batches = []
         if self.whole_model or self.solver(model, []).needs:
             batches = work.calibration(model.config.vocab_size, self.samples)
@@ -52,7 +56,6 @@ class Prune(PruneOptions, Stage):
             report, touched = compress_checkpoint(Path(work.checkpoint), saved, batches, solver, only=names)
         else:
             report = compress_blocks(model, batches, solver, only=names, resume_dir=work.folder / "blocks")
-            touched = coverage(model, report.touched)
-        touched.require(self.min_coverage, where="prune")
+            touched = coverage(model, report.touched, left)
         facts = report.facts() | {"method": self.chosen_method, "calibration_tokens": tokens_in(batches)}
         return Done(None if self.streaming else model, facts, touched, saved)

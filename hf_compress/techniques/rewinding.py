@@ -34,7 +34,10 @@ class Snapshot:
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(self._values[name])
-            optimizer.state[parameter] = _copied(self._moments[name])
+            live = optimizer.state.get(parameter, {})
+            optimizer.state[parameter] = {
+                key: _beside(moment, live.get(key), parameter) for key, moment in _copied(self._moments[name]).items()
+            }
 
     def state(self) -> dict[str, Tensor]:
         """Values and moments by name; plain numbers as 0-dimensional int64 or float64, which no optimizer keeps as
@@ -61,6 +64,15 @@ class Snapshot:
 def _copied(moments: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: moment for key, moment in moments.items() if moment is not None}
     return {key: moment.clone() if isinstance(moment, Tensor) else moment for key, moment in given.items()}
+
+
+def _beside(moment: Any, live: Any, parameter: Tensor) -> Any:
+    """On the device of the moment it stands in for; a resumed run has none yet: full moments go to the parameter's."""
+    if not isinstance(moment, Tensor):
+        return moment
+    if isinstance(live, Tensor):
+        return moment.to(live.device)
+    return moment.to(parameter.device) if moment.dim() else moment
 
 
 def _number(value: float) -> Tensor:

@@ -1,6 +1,6 @@
 """One arm of `oneshot_pruning.py`, a process (for the peer an environment) of its own: prune, measure, write JSON.
 
-    python tests/benchmarks/pruning_arm.py --library ours --method admm --pattern 2:4 --sparsity 0.5 \\
+    python tests/benchmarks/pruning_arm.py --library ours --method alps --pattern 2:4 --sparsity 0.5 \\
         --model FOLDER --tokens tokens.safetensors --seed 0 --out arm.json
 
 CPU seconds and peak resident memory cover loading the model and pruning it, above the process with its libraries

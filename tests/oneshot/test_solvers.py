@@ -6,17 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaForSequenceClassification
 
 from hf_compress.criteria import Statistics, criteria
 from hf_compress.errors import CompressError
+from hf_compress.families import family_of
 from hf_compress.oneshot import Solved, Solver, compress_blocks, compress_checkpoint, prune, run_blocks, solvers
 from hf_compress.oneshot.admm import admm
 from hf_compress.oneshot.amount import Amount
+from hf_compress.oneshot.calls import Block, first_call
+from hf_compress.oneshot.gather import StageStatistics
 from hf_compress.oneshot.least_squares import conjugate_gradients, direct
 from hf_compress.oneshot.memory import InMemory
 from hf_compress.oneshot.obs import COLUMNS, obs_prune
 from hf_compress.oneshot.problem import Target, held_out_target, problem
-from hf_compress.oneshot.statistics import Sums, shrunk
+from hf_compress.oneshot.statistics import Sums, featureless, pooled, shrunk
 from hf_compress.patterns import mask_of
 from hf_compress.weights import KINDS, blocks_of, weights
 from tests.models import CONFIGS, tiny
@@ -180,7 +184,7 @@ def test_alpha_follows_the_inputs_and_beta_the_residual_stream() -> None:
 
 
 def test_a_rough_mask_is_near_the_exact_one_and_the_last_is_exact() -> None:
-    amount, scores = Amount(0.7), torch.rand(2048, 128)
+    amount, scores = Amount(0.7), torch.rand(1024, 960) * torch.linspace(0.1, 1, 960)
     assert 0 < ((scores > 0) & (amount.rough_mask(scores, "w") != amount.mask(scores, "w"))).float().mean() < 0.01
     assert amount.rough_mask(scores, "w").float().mean() == pytest.approx(0.3, abs=0.01)
     model = tiny("llama", intermediate_size=4096)
@@ -204,13 +208,41 @@ def test_held_out_text_tells_a_drift_to_follow_from_noise() -> None:
 
 
 def test_an_expert_that_saw_little_is_drawn_toward_its_layer() -> None:
-    own, pooled = as_statistics(correlated(10)), as_statistics(correlated(400, seed=8))
-    found = shrunk(own, pooled, 30.0)
-    torch.testing.assert_close(found.hessian, 0.25 * own.hessian + 0.75 * pooled.hessian * 10 / 400)
+    own, layer = as_statistics(correlated(10)), as_statistics(correlated(400, seed=8))
+    found = shrunk(own, layer, 30.0)
+    torch.testing.assert_close(found.hessian, 0.25 * own.hessian + 0.75 * layer.hessian * 10 / 400)
     assert found.tokens == 10
-    torch.testing.assert_close(found.folds[0].hessian + found.folds[1].hessian, found.hessian)
-    none = shrunk(Statistics(0, hessian=torch.zeros(48, 48)), pooled, 30.0)
-    torch.testing.assert_close(none.hessian, pooled.hessian / 400)
+    for half, mine, other in zip(found.folds, own.folds, layer.folds, strict=True):
+        expected = 0.25 * mine.hessian + 0.75 * other.hessian * mine.tokens / other.tokens
+        torch.testing.assert_close(half.hessian, expected)
+        assert half.tokens == mine.tokens
+    sums = Sums(("hessian", "input_norm", "cross", "folds"))
+    sums.add(torch.zeros(0, 48), torch.zeros(0), torch.zeros(0, 48))
+    none = shrunk(sums.statistics(), layer, 30.0)
+    torch.testing.assert_close(none.hessian, layer.hessian / 400)
+
+
+def test_the_halves_of_a_starved_expert_stay_apart() -> None:
+    """Else the shares are chosen on the very text they were fitted to."""
+    made, w = torch.Generator().manual_seed(7), matrix()
+    x = correlated(2000)
+    noise = 0.3 * torch.randn(2000, 48, generator=made) * x.std()
+    layer = as_statistics(x, x + noise)
+    for count in (0, 10):
+        own = as_statistics(x[:count], (x + noise)[:count])
+        assert held_out_target(w, shrunk(own, layer, 100.0)).alpha < 0.3
+
+
+def test_pooling_adds_halves_to_halves_and_forgets_what_channels_do_not_share() -> None:
+    parts = [as_statistics(correlated(n, seed=n)) for n in (40, 60, 80)]
+    total = pooled(parts)
+    torch.testing.assert_close(total.hessian, sum(p.hessian for p in parts))
+    torch.testing.assert_close(total.folds[1].hessian, sum(p.folds[1].hessian for p in parts))
+    assert total.tokens == 180
+    plain = featureless(total)
+    torch.testing.assert_close(plain.hessian, torch.eye(48) * total.hessian.diagonal().mean())
+    assert torch.equal(plain.cross, plain.hessian)
+    torch.testing.assert_close(plain.input_norm.square().sum(), total.input_norm.square().sum())
 
 
 # in a model
@@ -226,7 +258,7 @@ def test_exact_counts_and_everything_else_untouched(name: str, method: str) -> N
     report = prune(model, batches(), method=method, sparsity=0.5, pattern="2:4")
     assert set(report.touched) == {w.name for w in weights(model)}
     for weight in weights(model):
-        assert ((weight.matrix.reshape(-1, 4) != 0).sum(1) <= 2).all(), weight.name
+        assert ((weight.matrix.reshape(-1, 4) != 0).sum(1) == 2).all(), weight.name
     touched = {w.parameter for w in weights(model)}
     kept = [k for k in before if k not in touched]
     assert any("router" in w.kind for w in weights(model, KINDS)) == ("moe" in name or "deepseek" in name)
@@ -279,7 +311,7 @@ def test_order_and_size_of_batches_change_nothing(name: str, method: str) -> Non
         model = tiny(name)
         prune(model, given, method=method, sparsity=0.5, pattern="2:4")
         found.append(torch.cat([(w.matrix == 0).flatten() for w in weights(model)]))
-    allowed = 0.002 if method == "sparsegpt" else 0.05  # ADMM makes much of a rounding among near ties
+    allowed = 0.002 if method == "sparsegpt" else 0.1  # ADMM makes much of a rounding among near ties
     assert all((found[0] != other).float().mean() <= allowed for other in found[1:])
 
 
@@ -339,7 +371,8 @@ def test_the_residual_term_is_the_dense_stream_less_the_compressed_one() -> None
     assert (found["residual"] - found["expected"]).norm() < 0.02 * found["expected"].norm()
 
 
-def test_a_routed_experts_dense_rows_come_from_its_dense_matrices() -> None:
+def test_a_routed_experts_dense_rows_come_from_its_dense_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StageStatistics, "_prior", lambda self, group: 0.0)
     given, seen = batches(), {}
     model, name = tiny("deepseek_v3"), "model.layers.1.mlp.experts.down_proj.2"
     experts = blocks_of(model)[1].mlp.experts
@@ -355,19 +388,18 @@ def test_a_routed_experts_dense_rows_come_from_its_dense_matrices() -> None:
     run_blocks(model, given, Solver(solver, ("hessian", "cross"), staged=True), InMemory(model, None, ""))
     hook.remove()
     hessian, cross = torch.zeros(64, 64), torch.zeros(64, 64)
+    live = experts.gate_up_proj[2].detach()
     for (hidden, chosen, gates), batch in zip(args[-len(given) :], given, strict=True):  # the last pass
         keep = batch["attention_mask"].bool().flatten()
         token, place = torch.where((chosen == 2) & keep[:, None])
         inner = []
-        for gate_up in (experts.gate_up_proj[2], before):
+        for gate_up in (live, before):
             first, second = (hidden[token] @ gate_up.T).chunk(2, -1)
             inner.append(torch.nn.functional.silu(first) * second * gates[token, place][:, None])
         hessian, cross = hessian + inner[0].T @ inner[0], cross + inner[1].T @ inner[0]
-    ratio = hessian.norm() / seen["found"].hessian.norm()
-    assert torch.nn.functional.cosine_similarity(cross.flatten(), seen["found"].cross.flatten(), 0) > 0.9
-    assert (cross.norm() / hessian.norm()) > 1.5  # the dense expert answers more than the halved one
-    assert (seen["found"].cross.norm() / seen["found"].hessian.norm()) > 1.5
-    assert 0.5 < ratio < 2.0
+    torch.testing.assert_close(seen["found"].hessian, hessian, rtol=1e-3, atol=1e-3 * float(hessian.abs().max()))
+    assert (seen["found"].cross - cross).norm() < 0.02 * cross.norm()  # dense rows in bfloat16
+    assert (cross - hessian).norm() > 0.5 * hessian.norm()
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
@@ -395,12 +427,40 @@ def test_alps_resumed_or_streamed_equals_alps_at_once(name: str, tmp_path: Path,
         assert torch.equal(streamed.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_going_on_from_the_middle_is_the_whole_block(name: str) -> None:
+    model, given = tiny(name), batches()[0]
+    with torch.no_grad():
+        call = first_call(model, blocks_of(model)[0], given)
+        block, middle = Block(model, 0), []
+        if block.ends_attention([]) or name == "bert":
+            return
+        family = family_of(model.config)
+        norm = block.module.get_submodule(family.residuals[1])
+        hook = norm.register_forward_pre_hook(lambda m, args: middle.append(args[0]))
+        whole = block.whole(call, call.hidden)
+        hook.remove()
+        call.middle = middle[0]
+        assert torch.equal(block(call), whole)
+
+
+@pytest.mark.parametrize("method", ["criterion", "alps"])
+def test_a_decoder_that_classifies_does_not_read_its_own_cache(method: str) -> None:
+    causal = tiny("llama")
+    classifier = LlamaForSequenceClassification(causal.config).eval()
+    classifier.model.load_state_dict(causal.model.state_dict())
+    for model in (causal, classifier):
+        prune(model, batches(), method=method, sparsity=0.5)
+    for one, two in zip(weights(causal), weights(classifier), strict=True):
+        assert torch.equal(one.matrix, two.matrix), one.name
+
+
 # what a person is told
 
 
 def test_few_tokens_are_refused_for_refitting_and_named_when_scarce() -> None:
     one = [{k: v[:1, :5] for k, v in batches()[0].items()}]
-    with pytest.raises(CompressError, match=r"5 calibration tokens are too few[\s\S]*method: criterion"):
+    with pytest.raises(CompressError, match=r"5 calibration tokens are too few[\s\S]*refits nothing"):
         prune(tiny("llama"), one, sparsity=0.5)
     prune(tiny("llama"), one, method="criterion", sparsity=0.5)
     report = prune(tiny("llama"), batches()[:1], sparsity=0.5)
@@ -421,6 +481,10 @@ def test_few_tokens_are_refused_for_refitting_and_named_when_scarce() -> None:
         ({"budget": "owls"}, "did you mean 'owl'"),
         ({"budget": "owl", "pattern": "2:4"}, "sparsity of its own"),
         ({"group": "global"}, "block by block"),
+        ({"group": "row", "pattern": "2:4"}, "within its own groups"),
+        ({"sparsities": {"k_proj": 1.5}}, "not in"),
+        ({"budget": "owl", "sparsity": 0.95}, "not all in"),
+        ({"sparsty": 0.5}, "did you mean 'sparsity'"),
         ({"pattern": "3:7", "sparsity": 4 / 7}, r"7 does not divide 64 inputs[\s\S]*q_proj"),
     ],
 )

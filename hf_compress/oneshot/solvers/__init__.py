@@ -13,6 +13,9 @@ from hf_compress.criteria import Criterion, Statistics, seed_of
 from hf_compress.registry import Registry
 from hf_compress.weights import Weight
 
+CALIBRATED = frozenset({"input_norm", "hessian", "cross", "folds"})
+"""What `Solver.needs` may name; ``cross`` brings `Statistics.residual` too, where the output joins the stream."""
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -30,6 +33,7 @@ class Solver:
     solve: (weights that read one input, its statistics) -> the new values of each; `weight.matrix` holds the old.
     needs: the `Statistics` fields it reads; none of them, and the blocks are not run at all.
     staged: inside a block too, each matrix sees what the already compressed ones before it let through.
+    refits: gives weights new values fitted to the calibration text, so that too little of it is refused.
     options: JSON facts that tell two solvers apart, so that finished blocks of another run are not taken for this
     one's.
     """
@@ -37,7 +41,11 @@ class Solver:
     solve: Callable[[Sequence[Weight], Statistics], list[Solved]]
     needs: tuple[str, ...] = ()
     staged: bool = False
+    refits: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert set(self.needs) <= CALIBRATED, f"calibration does not make {set(self.needs) - CALIBRATED}"
 
 
 solvers: Registry[Callable[..., Solver]] = Registry("solver", __name__)

@@ -60,4 +60,4 @@ def alps(
 
     needs = ("hessian", *(DENSE_TARGET if dense_target else ()))
     options = {"solver": "alps", "dense_target": dense_target, "iterations": iterations, "steps": steps}
-    return Solver(solve, needs, staged=True, options=options | amount.facts())
+    return Solver(solve, needs, staged=True, refits=True, options=options | amount.facts())

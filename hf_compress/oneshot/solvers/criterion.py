@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from hf_compress.criteria import ONESHOT, Statistics, criteria, usable
 from hf_compress.oneshot.amount import Amount
-from hf_compress.oneshot.solvers import Solved, Solver, scored, solvers
+from hf_compress.oneshot.solvers import CALIBRATED, Solved, Solver, scored, solvers
 from hf_compress.weights import Weight
 
 
@@ -43,5 +43,5 @@ def by_criterion(
         masks = (amount.mask(scored(entry.value, w, statistics, gradients), w.name) for w in weights)
         return [Solved(weight.matrix * mask) for weight, mask in zip(weights, masks, strict=True)]
 
-    calibrated = tuple(need for need in entry.traits["needs"] if need in ("input_norm", "hessian"))
-    return Solver(solve, calibrated, "hessian" in calibrated, {"criterion": criterion} | amount.facts())
+    calibrated = tuple(need for need in entry.traits["needs"] if need in CALIBRATED)
+    return Solver(solve, calibrated, "hessian" in calibrated, options={"criterion": criterion} | amount.facts())

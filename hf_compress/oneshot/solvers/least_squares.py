@@ -10,7 +10,7 @@ from hf_compress.criteria import ONESHOT, Statistics, criteria, usable
 from hf_compress.oneshot.amount import Amount
 from hf_compress.oneshot.least_squares import conjugate_gradients
 from hf_compress.oneshot.problem import held_out_target, problem
-from hf_compress.oneshot.solvers import DENSE_TARGET, Solved, Solver, scored, solvers
+from hf_compress.oneshot.solvers import CALIBRATED, DENSE_TARGET, Solved, Solver, scored, solvers
 from hf_compress.weights import Weight
 
 
@@ -51,7 +51,7 @@ def by_least_squares(
         values = conjugate_gradients(given, mask, matrix.float() * given.norm * mask, steps=steps)
         return [Solved(part) for part in given.unscaled(values).split([weight.shape[0] for weight in weights])]
 
-    calibrated = [need for need in entry.traits["needs"] if need in ("input_norm", "hessian")]
+    calibrated = [need for need in entry.traits["needs"] if need in CALIBRATED]
     needs = tuple(sorted({"hessian", *calibrated, *(DENSE_TARGET if dense_target else ())}))
     options = {"solver": "least_squares", "criterion": criterion, "dense_target": dense_target, "steps": steps}
-    return Solver(solve, needs, staged=True, options=options | amount.facts())
+    return Solver(solve, needs, staged=True, refits=True, options=options | amount.facts())

@@ -68,7 +68,7 @@ def sparsegpt(
 
     needs = ("hessian", *(DENSE_TARGET if dense_target else ()))
     options = {"solver": "sparsegpt", "dense_target": dense_target}
-    return Solver(solve, needs, staged=True, options=options | amount.facts())
+    return Solver(solve, needs, staged=True, refits=True, options=options | amount.facts())
 
 
 class _Counted:
@@ -82,5 +82,6 @@ class _Counted:
         if self.amount.pattern != "unstructured":
             return self.amount.mask(scores, self.name)
         upto = round(self.amount.of(self.name) * self.rows * (first + scores.shape[1]))
-        here, self.dropped = upto - self.dropped, upto
+        here = min(upto - self.dropped, self.rows * scores.shape[1] - 1)  # a narrow last block keeps at least one
+        self.dropped += here
         return mask_of(scores, sparsity=here / (self.rows * scores.shape[1]), group=self.amount.group)
