@@ -72,7 +72,7 @@ def write_tokens(model: Path, path: Path, *, length: int, rows: int, held: int, 
 
     def cut(some: list[str], count: int) -> torch.Tensor:
         found: list[list[int]] = []
-        for text in (t for t in some if len(t) > 4.2 * length):
+        for text in (t for t in some if len(t) >= 2200 * length / 512):  # about 4.3 characters a token
             ids = tokenizer(text)["input_ids"][:length]
             if len(ids) == length and len(found) < count:
                 found.append(ids)

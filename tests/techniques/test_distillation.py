@@ -1,5 +1,7 @@
 """Formulas of the losses, the teacher's checks, and scripts that use the dataclasses."""
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,16 @@ def test_lora_student_learns_from_its_own_base(tmp_path: Path) -> None:
     )  # B = 0 at the start: the student is its base
 
 
+@pytest.fixture
+def _annotations() -> Iterator[None]:
+    """HfArgumentParser writes into the dataclasses: of ``float | str`` it leaves float, for the whole process."""
+    before = [(f, f.type) for kind in (TrainingArguments, Distillation, Pruning) for f in dataclasses.fields(kind)]
+    yield
+    for one, kind in before:
+        one.type = kind
+
+
+@pytest.mark.usefixtures("_annotations")
 def test_thin_trainer_and_argument_parser(tmp_path: Path) -> None:
     args, distillation, pruning = HfArgumentParser(
         (TrainingArguments, Distillation, Pruning)
