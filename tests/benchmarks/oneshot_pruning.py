@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--held", type=int, default=30)
+    parser.add_argument("--note", default="", help="what a reader must know of this run, such as other jobs beside it")
     parser.add_argument("--output", type=Path, default=Path("outputs/oneshot_pruning"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -173,9 +174,9 @@ def main() -> None:
             figures.append(figure(f"{name}: memory above idle", mean(memory), "<= 0.5", fits, spread=memory))
     record(
         f"{args.name}_oneshot_pruning",
-        what=f"One-shot pruning of {args.name}, {len(args.seeds)} calibration seeds of {args.rows} x {args.length} "
+        what=f"One-shot pruning of {args.name}, calibration seeds {args.seeds} of {args.rows} x {args.length} "
         f"tokens, {args.held} x {args.length} held out; figures are ratios, ours over llm-compressor 0.14.0.1's, "
-        "lower is better; spreads of quality are 95% intervals.",
+        f"lower is better; spreads of quality are 95% intervals. {args.note}".rstrip(),
         command=f"python tests/benchmarks/oneshot_pruning.py --peer PYTHON --seeds {' '.join(map(str, args.seeds))}"
         + (
             f" --model FOLDER --name {args.name} --length {args.length} --rows {args.rows} --held {args.held}"

@@ -43,7 +43,7 @@ def render() -> None:
         lines += ["| figure | value | spread | target | reached |", "|---|---|---|---|---|"]
         for one in facts["figures"]:
             spread = f"{min(one['spread']):.4g} to {max(one['spread']):.4g}" if one["spread"] else "-"
-            reached = "yes" if one["reached"] else "**no**"
+            reached = "-" if one["target"] == "-" else "yes" if one["reached"] else "**no**"
             lines.append(f"| {one['name']} | {one['value']:.4g} | {spread} | {one['target']} | {reached} |")
         lines += ["", f"{facts['date']}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "]
         lines[-1] += f"transformers {machine['transformers']}."
