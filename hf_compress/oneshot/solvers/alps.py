@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,9 +49,9 @@ def alps(
         heights = [weight.shape[0] for weight in weights]
         given = problem(matrix, statistics, held_out_target(matrix, statistics, follow=dense_target))
 
-        def each(choose: object, scores: Tensor) -> Tensor:
+        def each(choose: Callable[[Tensor, str], Tensor], scores: Tensor) -> Tensor:
             parts = zip(scores.split(heights), weights, strict=True)
-            return torch.cat([choose(part, weight.name) for part, weight in parts])  # type: ignore[operator]
+            return torch.cat([choose(part, weight.name) for part, weight in parts])
 
         found = admm(given, matrix.float() * given.norm, lambda s: each(amount.rough_mask, s), iterations=iterations)
         mask = each(amount.mask, found.abs())
