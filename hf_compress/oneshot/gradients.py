@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from hf_compress.errors import CompressError
 from hf_compress.weights import Weight, weights
 
 
-def gradient_statistics(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> dict[str, Statistics]:
+def gradient_statistics(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Statistics]:
     """`Weight.name` -> gradient and fisher of the next-token loss (classifiers: of the loss of the batch's labels).
 
     gradient = sum_b n_b g_b / sum_b n_b, g_b the gradient of batch b's mean loss, n_b its predicted tokens (rows, for

@@ -136,7 +136,7 @@ class PruneOptions:
             own = owl_sparsities(model, batches, names, sparsity=self.sparsity)
         more: dict[str, Any] = {"sparsities": own}
         if GRADIENTS & set(self._criterion_needs):
-            more["gradients"] = gradient_statistics(model, batches)  # type: ignore[arg-type]
+            more["gradients"] = gradient_statistics(model, batches)
         return self._solver(more)
 
     def _solver(self, more: dict[str, Any]) -> Solver:

@@ -56,7 +56,7 @@ class Sums:
             sums.residual.addmm_(shift.float().T, rows)
 
     def statistics(self) -> Statistics:
-        """What the rows so far come to; with ``folds``, also of each half."""
+        """What the rows come to; with ``folds``, also of each half. Call it once: the sums become what it returns."""
         for sums in self._folds:
             if sums.hessian is not None:
                 for start in range(0, len(sums.hessian), PANEL):  # copy the panels above the diagonal to below it
