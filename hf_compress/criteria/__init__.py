@@ -21,7 +21,7 @@ class Statistics:
     tokens: how many tokens reached this weight.
     input_norm: (in,) fp32, sqrt(sum over tokens of g^2 x_j^2), g the router weight of an expert's token (1 elsewhere).
     hessian: (in, in) fp32, sum over tokens of g^2 x x^T.
-    cross: (in, in) fp32, sum over tokens of g^2 d x^T, d what the dense model reads where this one reads x.
+    drift: (in, in) fp32, sum over tokens of g^2 (d - x) x^T, d what the dense model reads where this one reads x.
     residual: (out, in) fp32, sum over tokens of (dense - compressed residual stream) x^T, of weights that write to it.
     folds: the same sums over each half of the calibration text, to choose a solver's settings on text it did not see.
     gradient: (out, in) fp32, mean gradient of the loss over batches (steps, in training).
@@ -33,7 +33,7 @@ class Statistics:
     tokens: int = 0
     input_norm: Tensor | None = None
     hessian: Tensor | None = None
-    cross: Tensor | None = None
+    drift: Tensor | None = None
     residual: Tensor | None = None
     folds: tuple[Statistics, ...] = ()
     gradient: Tensor | None = None

@@ -6,6 +6,7 @@ import copy
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from hf_compress.calibration import Batch
 from hf_compress.errors import CompressError
 from hf_compress.families import family_of
 from hf_compress.oneshot.order import InputGroup
+from hf_compress.oneshot.precision import calibrating
 from hf_compress.weights import blocks_of
 
 
@@ -24,16 +26,25 @@ class Block:
 
     def __init__(self, model: PreTrainedModel, index: int) -> None:
         self.index, self.module, self._family = index, blocks_of(model)[index], family_of(model.config)
+        self._precision = partial(calibrating, model.dtype, model.device)
 
     def __call__(self, call: Call) -> Tensor:
         if call.middle is None:
             return self.whole(call, call.hidden)
         ffn, norm = (self.module.get_submodule(name) for name in (self._family.ffn, self._family.residuals[1]))
-        return self._finite(call.middle + ffn(norm(call.middle)))
+        with self._precision():
+            return self._finite(call.middle + ffn(norm(call.middle)))
 
     def whole(self, call: Call, hidden: Tensor) -> Tensor:
-        out = self.module(hidden, *call.args, **call.kwargs)
+        with self._precision():
+            out = self.module(hidden, *call.args, **call.kwargs)
         return self._finite(out[0] if isinstance(out, tuple) else out)
+
+    def after_attention(self, call: Call, projection: nn.Module, rows: Tensor) -> Tensor:
+        """The stream in the middle of the block, from what the last projection of its attention reads."""
+        with self._precision():
+            added: Tensor = projection(rows)
+            return call.hidden + added.view_as(call.hidden)
 
     def ends_attention(self, stage: list[InputGroup]) -> bool:
         """Whether the stage is the one matrix whose output attention adds to the stream of such a block."""
@@ -55,7 +66,7 @@ class Call:
 
     hidden: what goes into the next block. middle: what goes into its FFN's half, once its attention is compressed.
     dense: as hidden, of the dense model. mask: (batch, tokens) bool, not padding. fold: (rows that are not padding,)
-    0 or 1, the half of the text they belong to.
+    0 or 1, the half of the text they belong to. mark: what its tokens come to, for an order that only they decide.
     """
 
     hidden: Tensor
@@ -65,6 +76,7 @@ class Call:
     middle: Tensor | None = None
     dense: Tensor | None = None
     fold: Tensor = field(init=False)
+    mark: int = field(init=False)
 
     @property
     def keep(self) -> Tensor:
@@ -72,12 +84,14 @@ class Call:
 
 
 def halve(calls: list[Call], batches: list[Batch]) -> None:
-    """Put every other sequence in the other fold, in an order that their tokens decide, not the batches."""
+    """Mark each call, and put every other sequence in the other fold, in an order that their tokens decide, not the
+    batches."""
     marks = [zlib.crc32(ids[mask.bool()].numpy().tobytes()) for b in batches for ids, mask in _sequences(b)]
     place = {sequence: rank for rank, sequence in enumerate(sorted(range(len(marks)), key=marks.__getitem__))}
     number = 0
     for call in calls:
         half = [place[number + row] % 2 for row in range(len(call.mask))]
+        call.mark = marks[number]
         number += len(call.mask)
         fold = torch.tensor(half, device=call.mask.device)[:, None].expand_as(call.mask)
         call.fold = fold.flatten()[call.keep]

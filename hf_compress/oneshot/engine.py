@@ -19,6 +19,7 @@ from hf_compress.oneshot.calls import Block, Call, first_call, halve
 from hf_compress.oneshot.gather import Reading, StageStatistics, read, without_padding
 from hf_compress.oneshot.order import InputGroup, stages_of
 from hf_compress.oneshot.solvers import Solved, Solver
+from hf_compress.oneshot.tuning import Tuning, tune
 from hf_compress.weights import Weight, blocks_of, weights
 
 FEWEST = 0.25  # tokens for each input, below which nothing is fitted
@@ -74,14 +75,14 @@ def run_blocks(
     """Compress every block matrix of `model` (or `only` these, by name) in place, in order.
 
     For each block: the batches run through it until every matrix of a stage has been reached (a stage is the whole
-    block unless the solver is `staged`), `solver` gives each matrix its new values, and a last pass through the
-    compressed block makes the inputs of the next. A solver that asks for ``cross`` is also told what the dense
-    model reads at the same places: a second stream of activations. A solver that needs no statistics runs without
-    any pass.
+    block unless the solver is `staged`), `solver` gives each matrix its new values, what is left is tuned together
+    where the solver asks for it (`tune`), and a last pass through the compressed block makes the inputs of the next.
+    A solver that asks for ``drift``, or tunes, follows the dense model: a second stream of activations. A solver that
+    needs no statistics runs without any pass. Text runs as `calibrating` says.
 
     Memory: one block (what `store` keeps live), the activations of all batches (of both streams, and what each matrix
     of the block reads in the dense one, when asked for, with a copy of its experts' first matrices), the statistics
-    of one stage (in a staged solver, of one expert and its layer's sum).
+    of one stage (in a staged solver, of one expert and its layer's sum), then what `tune` says.
 
     Raises:
         CompressError: no batches for a solver that needs statistics; far fewer tokens than a matrix has inputs, for
@@ -108,20 +109,22 @@ def run_blocks(
     calls = [first_call(model, blocks[0], batch) for batch in batches]
     halve(calls, batches)
     for call in calls:
-        call.dense = call.hidden if "cross" in solver.needs else None
+        call.dense = call.hidden if solver.follows_dense else None
     report = OneshotReport()
     for index in tqdm(range(len(blocks)), desc="blocks", unit="block"):
-        finished, follow = store.finished(index), "cross" in solver.needs
-        if follow or not finished:
+        finished = store.finished(index)
+        if solver.follows_dense or not finished:
             store.load(index)
         turn = _Turn(model, index, by_block[index], solver, calls)
-        if follow:
-            turn.run_dense(keep=not finished)
+        if solver.follows_dense:
+            turn.run_dense(keep="drift" in solver.needs and not finished)
         if finished:
             store.restore(index)
         else:
             for stage in turn.stages:
                 store.scales |= turn.compress(stage)
+            if solver.tuning is not None:
+                turn.tune(by_block[index], solver.tuning)
         for weight in by_block[index]:
             report.touched.append(weight.name)
             report.sparsity[weight.name] = float((weight.matrix == 0).float().mean())
@@ -149,7 +152,7 @@ class _Turn:
             group: self.block.module.get_submodule(group.residual)
             for stage in stages
             for group in stage
-            if group.residual and "cross" in solver.needs
+            if group.residual and "drift" in solver.needs
         }
 
     def run_dense(self, *, keep: bool) -> None:
@@ -197,7 +200,7 @@ class _Turn:
                 if solved.scale is not None:
                     scales[weight.name] = solved.scale
         for call, rows in zip(self.calls if writes else [], written, strict=True):
-            call.middle = call.hidden + stage[0].first.module(rows).view_as(call.hidden)
+            call.middle = self.block.after_attention(call, stage[0].first.module, rows)
         return scales
 
     def _solved(self, group: InputGroup, statistics: Statistics) -> list[Solved]:
@@ -222,6 +225,14 @@ class _Turn:
             )
         if share < 1:
             self.scarce |= {weight.name: round(share, 3) for weight in group.weights}
+
+    def tune(self, found: list[Weight], tuning: Tuning) -> None:
+        """Let what is left of the block's matrices move together toward the dense block's outputs."""
+        self.dense = []  # read, and as large as all else that is held here
+        if found:
+            tune(self.block, self.calls, found, tuning)
+        for call in self.calls:
+            call.middle = None
 
     def advance(self) -> None:
         """The compressed stream goes through the block."""

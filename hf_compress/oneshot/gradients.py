@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.criteria import Statistics, seed_of
@@ -48,7 +48,7 @@ def gradient_statistics(model: PreTrainedModel, batches: Sequence[Mapping[str, T
         squares[name] += gradient.square()
         parameter.grad = None
 
-    with _only_these_train(model, whole):
+    with only_these_train(model, (weight.whole for weight in whole.values())):
         for index, batch in enumerate(batches):
             inputs, count = _labelled(model, batch, where=f"batch {index}")
             hooks = [
@@ -101,11 +101,11 @@ def _labelled(model: PreTrainedModel, batch: Mapping[str, Tensor], *, where: str
 
 
 @contextmanager
-def _only_these_train(model: PreTrainedModel, whole: Mapping[str, Weight]) -> Iterator[None]:
-    """Eval mode, gradients for the parameters of `whole` alone; afterwards everything as before, gradients too."""
+def only_these_train(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Eval mode, gradients for these of the model's parameters alone; afterwards all as before, gradients too."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    wanted = {id(weight.whole) for weight in whole.values()}
+    wanted = {id(parameter) for parameter in parameters}
     model.eval()
     for parameter, _, _ in before:
         parameter.grad = None

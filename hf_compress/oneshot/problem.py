@@ -60,7 +60,7 @@ def problem(matrix: Tensor, statistics: Statistics, target: Target) -> Problem:
     With X, D the inputs of the compressed and of the dense model and R their difference in the residual stream
     (dense - compressed, (tokens, out)), G = H + damping * mean(diag H) * I, the target is
 
-        T = W + [alpha W (D - X)^T X + beta R^T X] G^-1        B = T G = W G + alpha W (cross - H) + beta residual
+        T = W + [alpha W (D - X)^T X + beta R^T X] G^-1        B = T G = W G + alpha W drift + beta residual
 
     alpha = beta = 0 is the classical layer-wise problem, which keeps W's answers on inputs that are off already;
     alpha = beta = 1 gives the dense block's outputs as far as H, measured on few tokens, can tell.
@@ -91,7 +91,7 @@ def held_out_target(matrix: Tensor, statistics: Statistics, *, follow: bool = Tr
     is False, the target is W itself.
     """
     halves = statistics.folds
-    if not follow or statistics.cross is None or len(halves) != 2 or min(h.tokens for h in halves) == 0:
+    if not follow or statistics.drift is None or len(halves) != 2 or min(h.tokens for h in halves) == 0:
         return Target()
     matrix, halves = _some_rows(matrix.float(), halves)
     best: tuple[float, Target] | None = None
@@ -132,8 +132,8 @@ def _with_twice_the_text(share: float) -> float:
 def _pulls(matrix: Tensor, statistics: Statistics) -> list[Tensor]:
     """The two terms of B that alpha and beta weight, (out, in); only those there are statistics for."""
     pulls = []
-    if statistics.cross is not None and statistics.hessian is not None:
-        pulls.append(matrix @ (statistics.cross - statistics.hessian))
+    if statistics.drift is not None:
+        pulls.append(matrix @ statistics.drift)
         if statistics.residual is not None:
             pulls.append(statistics.residual)
     return pulls

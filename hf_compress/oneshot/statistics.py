@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.criteria import Statistics
+from hf_compress.oneshot.precision import rough_product
 
 PANEL = 256  # columns of a Gram matrix made at once: only the panels on and above its diagonal are multiplied
 
@@ -48,12 +49,12 @@ class Sums:
             for start in range(0, width, PANEL):
                 panel = rows[:, start : start + PANEL]
                 sums.hessian[start : start + PANEL, start:].addmm_(panel.T, rows[:, start:])
-        if "cross" in self.needs and dense is not None:
-            sums.cross = rows.new_zeros(width, width) if sums.cross is None else sums.cross
-            sums.cross.addmm_(dense.float().T, rows)
-        if "cross" in self.needs and shift is not None:
+        if "drift" in self.needs and dense is not None:
+            sums.drift = rows.new_zeros(width, width) if sums.drift is None else sums.drift
+            sums.drift += rough_product(dense.float() - rows, rows)
+        if "drift" in self.needs and shift is not None:
             sums.residual = rows.new_zeros(shift.shape[1], width) if sums.residual is None else sums.residual
-            sums.residual.addmm_(shift.float().T, rows)
+            sums.residual += rough_product(shift, rows)
 
     def statistics(self) -> Statistics:
         """What the rows come to; with ``folds``, also of each half. Call it once: the sums become what it returns."""
@@ -83,7 +84,7 @@ def mixed(parts: list[Statistics], shares: list[float]) -> Statistics:
         tokens=sum(p.tokens for p in parts),
         input_norm=None if square is None else square.sqrt(),
         hessian=total([p.hessian for p in parts]),
-        cross=total([p.cross for p in parts]),
+        drift=total([p.drift for p in parts]),
         residual=total([p.residual for p in parts]),
     )
 
@@ -113,7 +114,7 @@ def featureless(one: Statistics) -> Statistics:
         found.input_norm = torch.full_like(one.input_norm, float(one.input_norm.square().mean().sqrt()))
     if one.hessian is not None:
         found.hessian = torch.eye(len(one.hessian), device=one.hessian.device) * one.hessian.diagonal().mean()
-        found.cross = found.hessian if one.cross is not None else None
+        found.drift = torch.zeros_like(found.hessian) if one.drift is not None else None
     return found
 
 

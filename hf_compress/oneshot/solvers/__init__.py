@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from hf_compress.criteria import Criterion, Statistics, seed_of
+from hf_compress.oneshot.tuning import Tuning
 from hf_compress.registry import Registry
 from hf_compress.weights import Weight
 
-CALIBRATED = frozenset({"input_norm", "hessian", "cross", "folds"})
-"""What `Solver.needs` may name; ``cross`` brings `Statistics.residual` too, where the output joins the stream."""
+CALIBRATED = frozenset({"input_norm", "hessian", "drift", "folds"})
+"""What `Solver.needs` may name; ``drift`` brings `Statistics.residual` too, where the output joins the stream."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Solver:
     needs: the `Statistics` fields it reads; none of them, and the blocks are not run at all.
     staged: inside a block too, each matrix sees what the already compressed ones before it let through.
     refits: gives weights new values fitted to the calibration text, so that too little of it is refused.
+    tuning: how what it leaves of a block is tuned together, toward the dense block's outputs; None: not at all.
     options: JSON facts that tell two solvers apart, so that finished blocks of another run are not taken for this
     one's.
     """
@@ -42,17 +44,23 @@ class Solver:
     needs: tuple[str, ...] = ()
     staged: bool = False
     refits: bool = False
+    tuning: Tuning | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert set(self.needs) <= CALIBRATED, f"calibration does not make {set(self.needs) - CALIBRATED}"
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether it is told what the dense model does with the same text."""
+        return "drift" in self.needs or self.tuning is not None
 
 
 solvers: Registry[Callable[..., Solver]] = Registry("solver", __name__)
 """``solver(**options) -> Solver``. Trait `makes`: ``zeros`` (a `prune` stage) or ``codes`` (a `quantize` stage, with
 options bits and group_size)."""
 
-DENSE_TARGET = ("cross", "folds")
+DENSE_TARGET = ("drift", "folds")
 """What a solver asks for that aims at the dense model's outputs."""
 
 

@@ -13,6 +13,7 @@ from hf_compress.oneshot.amount import Amount
 from hf_compress.oneshot.least_squares import conjugate_gradients
 from hf_compress.oneshot.problem import held_out_target, problem
 from hf_compress.oneshot.solvers import DENSE_TARGET, Solved, Solver, solvers
+from hf_compress.oneshot.tuning import Tuning
 from hf_compress.weights import Weight
 
 
@@ -31,13 +32,15 @@ def alps(
     dense_target: bool = True,
     iterations: int = 24,
     steps: int = 15,
+    epochs: int = 2,
 ) -> Solver:
-    """`admm` for the mask, `conjugate_gradients` for the values on it, the target of `held_out_target`.
+    """`admm` for the mask, `conjugate_gradients` for the values on it, the target of `held_out_target`; then `tune`.
 
     Args:
         group: ``layer`` (the default: weights of a matrix compete) or ``row``. sparsities: weight name -> its own.
         dense_target: aim at the dense model's outputs; False keeps each matrix's own. iterations: of ADMM. steps: of
-        conjugate gradients.
+        conjugate gradients. epochs: passes over the text in which a block's survivors are tuned together; 0 for none
+        (a block then takes no optimizer state: memory).
 
     Raises:
         CompressError: as `Amount`; while solving: sizes that do not divide.
@@ -60,4 +63,6 @@ def alps(
 
     needs = ("hessian", *(DENSE_TARGET if dense_target else ()))
     options = {"solver": "alps", "dense_target": dense_target, "iterations": iterations, "steps": steps}
-    return Solver(solve, needs, staged=True, refits=True, options=options | amount.facts())
+    options |= {"epochs": epochs} | amount.facts()
+    tuning = Tuning(epochs) if epochs else None
+    return Solver(solve, needs, staged=True, refits=True, tuning=tuning, options=options)

@@ -1,0 +1,32 @@
+"""Where bfloat16 is the faster way to multiply, and precise enough for what is asked of calibration text."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def bfloat16_is_fast(device: str) -> bool:
+    """Whether the device (its type) has instructions for it; elsewhere it is slower than fp32."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found = torch.cpu.get_capabilities()
+    return device == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def calibrating(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """In this context the matrices of an fp32 model multiply in bfloat16, accumulating in fp32, where that is faster.
+    Norms and the residual stream stay fp32. Rounding is alike in both streams and far below what compression does;
+    another kind of machine rounds otherwise."""
+    fast = dtype == torch.float32 and bfloat16_is_fast(device.type)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def rough_product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T @ right, (in, out) fp32, of (rows, in) and (rows, out): in bfloat16 where that is faster."""
+    if bfloat16_is_fast(left.device.type):
+        return (left.to(torch.bfloat16).T @ right.to(torch.bfloat16)).float()
+    return left.float().T @ right.float()

@@ -1,0 +1,148 @@
+"""What is left of a block moves together toward the dense block's answers, and nothing else moves; bfloat16 where
+fast."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.oneshot import Solved, Solver, precision, prune, run_blocks
+from hf_compress.oneshot.calls import Block, Call, first_call, halve
+from hf_compress.oneshot.memory import InMemory
+from hf_compress.oneshot.tuning import Tuning, tune
+from hf_compress.patterns import mask_of
+from hf_compress.weights import Weight, blocks_of, weights
+from tests.models import tiny
+from tests.oneshot.test_oneshot import batches
+
+BLOCK = 1
+
+
+@torch.no_grad()
+def pruned_block(name: str, **changes: object) -> tuple[PreTrainedModel, Block, list[Call], list[Weight]]:
+    """A model whose second block has half of its weights, and the calls of that block with the dense outputs."""
+    model = tiny(name, **changes)
+    given = batches()
+    calls = [first_call(model, blocks_of(model)[BLOCK], batch) for batch in given]
+    halve(calls, given)
+    block = Block(model, BLOCK)
+    for call in calls:
+        call.dense = block.whole(call, call.hidden)
+    found = [w for w in weights(model) if w.block == BLOCK]
+    for weight in found:
+        weight.matrix.mul_(mask_of(weight.matrix.abs(), sparsity=0.5))
+    return model, block, calls, found
+
+
+@torch.no_grad()
+def error(block: Block, calls: list[Call]) -> float:
+    """Mean over tokens of the squared error over the wanted square, by the formula."""
+    errors = []
+    for call in calls:
+        out, wanted = block.whole(call, call.hidden).float(), call.dense.float()
+        each = (out - wanted).square().sum(-1) / wanted.square().sum(-1)
+        errors.append(each[call.mask].mean())
+    return float(torch.stack(errors).mean())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3", "qwen2_moe"])
+def test_the_error_falls_and_only_survivors_move(name: str) -> None:
+    model, block, calls, found = pruned_block(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    kept = {w.name: w.matrix != 0 for w in found}
+    first = error(block, calls)
+    tune(block, calls, found, Tuning(epochs=6))
+    assert error(block, calls) < 0.8 * first
+    for weight in found:
+        assert torch.equal(weight.matrix != 0, kept[weight.name]), weight.name
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {w.parameter for w in found}
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_what_was_not_pruned_stays_even_beside_experts_that_were() -> None:
+    _, block, calls, found = pruned_block("deepseek_v3")
+    left = {w.name: w.matrix.clone() for w in found if w.expert == 2 or "q_b" in w.name}
+    tune(block, calls, [w for w in found if w.name not in left], Tuning())
+    assert len(left) == 3
+    for weight in found:
+        assert weight.name not in left or torch.equal(weight.matrix, left[weight.name])
+
+
+def test_the_loss_is_the_relative_error_of_tokens_that_are_not_padding() -> None:
+    _, block, calls, found = pruned_block("llama")
+    expected = error(block, calls)
+    for call in calls:
+        call.dense = torch.where(call.mask[..., None], call.dense, torch.full_like(call.dense, 1e9))
+    (loss,) = tune(block, calls, found, Tuning(epochs=1, rate=1e-9))
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_order_of_the_batches_changes_nothing() -> None:
+    def tuned(reverse: bool) -> list[Tensor]:
+        _, block, calls, found = pruned_block("llama")
+        tune(block, calls[::-1] if reverse else calls, found, Tuning())
+        return [w.matrix for w in found]
+
+    assert all(map(torch.equal, tuned(False), tuned(True)))
+
+
+def test_half_precision_weights_are_moved_by_less_than_their_rounding() -> None:
+    """Each step is below bfloat16's resolution; all of them together are not."""
+    _, block, calls, found = pruned_block("llama", dtype=torch.bfloat16)
+    before = [w.matrix.clone() for w in found]
+    tune(block, calls, found, Tuning(epochs=40, rate=4e-4))
+    moved = [float((w.matrix != old).float().mean()) for w, old in zip(found, before, strict=True)]
+    assert min(moved) > 0.2
+
+
+def test_the_engine_tunes_after_it_has_solved() -> None:
+    def halved(group: list[Weight], statistics: object) -> list[Solved]:
+        return [Solved(w.matrix * mask_of(w.matrix.abs(), sparsity=0.5)) for w in group]
+
+    def distance(tuning: Tuning | None) -> float:
+        model, dense = tiny("llama"), tiny("llama")
+        run_blocks(model, batches(), Solver(halved, ("input_norm",), tuning=tuning), InMemory(model, None, ""))
+        with torch.no_grad():
+            ours, theirs = (m(**batches()[0]).logits for m in (model, dense))
+        return float((ours - theirs).norm() / theirs.norm())
+
+    assert distance(Tuning(epochs=6)) < 0.9 * distance(None)
+
+
+# bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_only_an_fp32_model_is_run_in_bfloat16(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: True)
+    model, seen = tiny("llama").to(dtype), []
+    mlp = blocks_of(model)[0].mlp
+    hook = mlp.register_forward_hook(lambda m, args, out: seen.append((args[0].dtype, out.dtype)))
+    prune(model, batches(), method="sparsegpt", sparsity=0.5)
+    hook.remove()
+    assert seen
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    assert seen[0] == (dtype, half)  # norms stay as they are, products do not
+
+
+def test_a_rough_product_is_right_to_the_rounding_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(500, width, generator=made) for width in (24, 40))
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: True)
+    found, exact = precision.rough_product(left, right), left.T @ right
+    assert found.dtype == torch.float32
+    assert 1e-5 < (found - exact).norm() / exact.norm() < 5e-3
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_bfloat16_costs_no_quality(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = tiny(name), tiny(name)
+    prune(plain, batches(), method=method, sparsity=0.5)
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: True)
+    prune(fast, batches(), method=method, sparsity=0.5)
+    assert any(not torch.equal(a.matrix, b.matrix) for a, b in zip(weights(plain), weights(fast), strict=True))
+    with torch.no_grad():
+        dense, one, two = (m(**batches()[0]).logits for m in (tiny(name), plain, fast))
+    assert (two - dense).norm() < 1.15 * (one - dense).norm()  # masks differ where scores all but tie
