@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_compress.oneshot.precision import rough
 from hf_compress.oneshot.problem import Problem
 
 RHO = 0.1  # the first penalty, in units of diag G
@@ -24,14 +25,15 @@ def admm(given: Problem, start: Tensor, choose: Callable[[Tensor], Tensor], *, i
 
     rho grows, so V and D meet: early iterations let weights come back, late ones only move values. The first half
     of ALPS (Meng et al. 2024, https://arxiv.org/abs/2406.07831), whose penalty grows every iteration; here it is
-    held for `HOLD` of them, which share its inverse.
+    held for `HOLD` of them, which share its inverse. Products with it may be rounded (`rough`): what is wanted is the
+    mask, and the values on it come after.
     """
     sparse, dual, rho = start * choose(start.abs()), torch.zeros_like(start), RHO
     for iteration in range(iterations):
         if iteration % HOLD == 0:
             rho *= GROWTH if iteration else 1.0
-            inverse = _shifted_inverse(given.gram, rho)
-        values = torch.sub(given.right, dual).add_(sparse, alpha=rho) @ inverse
+            inverse = rough(_shifted_inverse(given.gram, rho))
+        values = (rough(torch.sub(given.right, dual).add_(sparse, alpha=rho)) @ inverse).to(start.dtype)
         candidate = torch.add(values, dual, alpha=1 / rho)
         sparse = candidate.mul_(choose(candidate.abs()))
         dual.add_(values.sub_(sparse), alpha=rho)

@@ -178,8 +178,9 @@ class _Turn:
     def compress(self, stage: list[InputGroup]) -> dict[str, Tensor]:
         """Solve the matrices of one stage in place; name -> scale of those whose solver chose a grid."""
         found = StageStatistics(stage, frozenset(self.solver.needs), self.dense_gate_up)
-        modules = {group.first.module for group in stage}
-        streams = {self._residuals[group] for group in stage if group in self._residuals}
+        modules, streams = self._read_by(stage)
+        later = [self._read_by(other) for other in self.stages[self.stages.index(stage) + 1 :]]
+        done = (modules | streams).difference(*(more for both in later for more in both))
         writes = self.solver.staged and self.block.ends_attention(stage)
         written: list[Tensor] = []
         for call, dense in zip(self.calls, self.dense, strict=True):
@@ -187,6 +188,8 @@ class _Turn:
             if writes:
                 written.append(seen[stage[0].first.module][0])
             found.add(without_padding(seen, call.keep), call.fold, dense, self._residuals)
+            for module in done:  # together they are larger than all else that is held here
+                dense.pop(module, None)
         self.starved |= found.starved if self.calls else {}
         # a solver that is not staged compares matrices as they were before any of the block was changed
         known = [found.of(group) if self.calls else Statistics() for group in stage if not self.solver.staged]
@@ -202,6 +205,11 @@ class _Turn:
         for call, rows in zip(self.calls if writes else [], written, strict=True):
             call.middle = self.block.after_attention(call, stage[0].first.module, rows)
         return scales
+
+    def _read_by(self, stage: list[InputGroup]) -> tuple[set[nn.Module], set[nn.Module]]:
+        """The modules whose inputs a stage reads: of its matrices, and where the stream can be seen."""
+        streams = {self._residuals[group] for group in stage if group in self._residuals}
+        return {group.first.module for group in stage}, streams
 
     def _solved(self, group: InputGroup, statistics: Statistics) -> list[Solved]:
         try:
@@ -228,7 +236,6 @@ class _Turn:
 
     def tune(self, found: list[Weight], tuning: Tuning) -> None:
         """Let what is left of the block's matrices move together toward the dense block's outputs."""
-        self.dense = []  # read, and as large as all else that is held here
         if found:
             tune(self.block, self.calls, found, tuning)
         for call in self.calls:

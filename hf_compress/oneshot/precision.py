@@ -25,8 +25,7 @@ def calibrating(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def rough_product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T @ right, (in, out) fp32, of (rows, in) and (rows, out): in bfloat16 where that is faster."""
-    if bfloat16_is_fast(left.device.type):
-        return (left.to(torch.bfloat16).T @ right.to(torch.bfloat16)).float()
-    return left.float().T @ right.float()
+def rough(tensor: Tensor) -> Tensor:
+    """A factor of a product that needs three digits: fp32 as bfloat16 where that multiplies faster."""
+    fast = tensor.dtype == torch.float32 and bfloat16_is_fast(tensor.device.type)
+    return tensor.to(torch.bfloat16) if fast else tensor

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hf_compress.criteria import Statistics
 
-DAMPINGS = (0.01, 0.03, 0.1)  # of the mean diagonal of H
+DAMPINGS = (0.05, 0.1)  # of the mean diagonal of H
 DEFAULT_DAMPING = 0.03
-ROWS = 256
+ROWS = 128
 
 
 @dataclass(frozen=True)

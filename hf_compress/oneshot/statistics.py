@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.criteria import Statistics
-from hf_compress.oneshot.precision import rough_product
+from hf_compress.oneshot.precision import rough
 
 PANEL = 256  # columns of a Gram matrix made at once: only the panels on and above its diagonal are multiplied
 
@@ -51,10 +51,10 @@ class Sums:
                 sums.hessian[start : start + PANEL, start:].addmm_(panel.T, rows[:, start:])
         if "drift" in self.needs and dense is not None:
             sums.drift = rows.new_zeros(width, width) if sums.drift is None else sums.drift
-            sums.drift += rough_product(dense.float() - rows, rows)
+            sums.drift += rough(dense.float() - rows).T @ rough(rows)
         if "drift" in self.needs and shift is not None:
             sums.residual = rows.new_zeros(shift.shape[1], width) if sums.residual is None else sums.residual
-            sums.residual += rough_product(shift, rows)
+            sums.residual += rough(shift.float()).T @ rough(rows)
 
     def statistics(self) -> Statistics:
         """What the rows come to; with ``folds``, also of each half. Call it once: the sums become what it returns."""

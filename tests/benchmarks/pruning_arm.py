@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 
@@ -96,15 +96,35 @@ def prune_by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel 
     return model
 
 
+def log_probabilities(model: PreTrainedModel, row: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(model(row[None]).logits[0, :-1].float(), -1)
+
+
+def nll(log_probability: torch.Tensor, row: torch.Tensor) -> float:
+    return -log_probability.gather(1, row[1:, None]).mean().item()
+
+
 @torch.no_grad()
-def answers(pruned: PreTrainedModel, dense: PreTrainedModel, ids: torch.Tensor) -> dict[str, list[float]]:
+def dense_answers(args: argparse.Namespace, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The dense model's log-probabilities of the held-out rows (fp16) and their mean nll, made once for all arms."""
+    path = Path(args.tokens).with_suffix(".dense")
+    if not path.exists():
+        dense = load(args.model)
+        answered = [log_probabilities(dense, row) for row in ids]
+        nlls = torch.tensor([nll(one, row) for one, row in zip(answered, ids, strict=True)], dtype=torch.float64)
+        part = path.with_suffix(".part")
+        save_file({"nll": nlls, "log_probabilities": torch.stack([one.half() for one in answered])}, part)
+        part.rename(path)
+    return load_file(path)
+
+
+@torch.no_grad()
+def answers(pruned: PreTrainedModel, dense: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, list[float]]:
     """Mean negative log-likelihood of both and KL(dense, pruned), nats a token, of each held-out sequence."""
-    found: dict[str, list[float]] = {"nll": [], "dense_nll": [], "kl": []}
-    for row in ids:
-        ours, theirs = (torch.log_softmax(m(row[None]).logits[0, :-1].float(), -1) for m in (pruned, dense))
-        next_token = row[1:, None]
-        found["nll"].append(-ours.gather(1, next_token).mean().item())
-        found["dense_nll"].append(-theirs.gather(1, next_token).mean().item())
+    found: dict[str, list[float]] = {"nll": [], "dense_nll": dense["nll"].tolist(), "kl": []}
+    for row, theirs in zip(ids, dense["log_probabilities"], strict=True):
+        ours, theirs = log_probabilities(pruned, row), theirs.float()
+        found["nll"].append(nll(ours, row))
         found["kl"].append((theirs.exp() * (theirs - ours)).sum(-1).mean().item())
     return found
 
@@ -153,7 +173,7 @@ def main() -> None:
     found: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("out", "model", "tokens", "target")}
     found |= {"cpu_seconds": cpu, "wall_seconds": wall, "peak_mb": peak.megabytes} | zeros(model, args.pattern)
     if "heldout" in tokens:
-        found |= answers(model.eval(), load(args.model), tokens["heldout"])
+        found |= answers(model.eval(), dense_answers(args, tokens["heldout"]), tokens["heldout"])
     part = args.out.with_suffix(".part")
     part.write_text(json.dumps(found))
     part.rename(args.out)

@@ -31,7 +31,7 @@ def alps(
     sparsities: Mapping[str, float] | None = None,
     dense_target: bool = True,
     iterations: int = 24,
-    steps: int = 15,
+    steps: int = 8,
     epochs: int = 2,
 ) -> Solver:
     """`admm` for the mask, `conjugate_gradients` for the values on it, the target of `held_out_target`; then `tune`.
