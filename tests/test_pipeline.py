@@ -344,6 +344,8 @@ def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("stages/2/quantize/bits", 3, r"4 or 8 bits, not 3[\s\S]*stages\[2\].quantize.bits"),
         ("stages/1/train/args/max_steps", "abc", r"valid integer[\s\S]*args.max_steps"),
         ("stages/2/quantize/method", "gptqq", "no solver 'gptqq'"),
+        ("stages/2/quantize/solver_options", {"damping": 1}, r"rtn has no option[\s\S]*quantize.solver_options"),
+        ("stages/0/prune/solver_options", {"stepz": 1}, r"did you mean 'steps'|has no option 'stepz'"),
         ("stages/2/quantize", {"backend": "bitsandbytes", "streaming": True}, "grids of its own"),
         ("stages/2/quantize/backend", "bitsandbites", r"unknown backend[\s\S]*did you mean 'bitsandbytes'"),
         ("stages/2/quantize/options", {"dtype": "float16"}, "no option 'dtype'"),

@@ -17,7 +17,7 @@ from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.oneshot.engine import OneshotReport, run_blocks
 from hf_compress.oneshot.gradients import gradient_statistics
 from hf_compress.oneshot.memory import InMemory, compress_blocks
-from hf_compress.oneshot.solvers import Solved, Solver, solvers
+from hf_compress.oneshot.solvers import Solved, Solver, check_solver_options, solvers
 from hf_compress.patterns import NM, check_fits, check_target, parse_pattern
 from hf_compress.selection import without
 from hf_compress.weights import Weight, weights
@@ -54,6 +54,10 @@ class PruneOptions:
     sparsities: dict[str, float] = field(
         default_factory=dict, metadata={"help": "regular expression -> sparsity of the weights it finds, for some"}
     )
+    solver_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "further options of the method, such as epochs of alps (see its docstring)"},
+    )
     skip: list[str] = field(default_factory=list, metadata={"help": "regular expressions of weights to leave dense"})
 
     def check_options(self) -> None:
@@ -65,6 +69,7 @@ class PruneOptions:
                 where="method",
                 next_step=did_you_mean(self.chosen_method, makers),
             )
+        check_solver_options(self.chosen_method, self.solver_options, where="solver_options")
         check_target(self.sparsity, self.pattern)
         if self.criterion is not None and not self._takes_criterion:
             raise CompressError(
@@ -140,7 +145,8 @@ class PruneOptions:
         return self._solver(more)
 
     def _solver(self, more: dict[str, Any]) -> Solver:
-        options = {"sparsity": self.sparsity, "pattern": self.pattern, "group": self.group} | more
+        options = {"sparsity": self.sparsity, "pattern": self.pattern, "group": self.group}
+        options |= self.solver_options | more
         if self._takes_criterion:
             options["criterion"] = self.criterion or "wanda"
         return solvers[self.chosen_method](**options)

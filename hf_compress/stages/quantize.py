@@ -11,6 +11,7 @@ from typing import Any
 from hf_compress.backends import backends, quantize
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.oneshot import compress_blocks, compress_checkpoint, empty_model, solvers
+from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.stages.base import Done, Stage, Work
 
 
@@ -26,6 +27,9 @@ class Quantize(Stage):
     method: str | None = field(
         default=None,
         metadata={"help": "solver that rounds (see `hf-compress list solvers`); none = the container's own rounding"},
+    )
+    solver_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "further options of the method (see its docstring)"}
     )
     streaming: bool = field(
         default=False, metadata={"help": "read and write block by block; for models larger than memory"}
@@ -78,6 +82,7 @@ class Quantize(Stage):
                     where=f"{where}.method",
                     next_step=did_you_mean(self.method, makers),
                 )
+        check_solver_options(self.method or "rtn", self.solver_options, where=f"{where}.solver_options")
         if "quantize" in work_kinds:
             raise CompressError("the weights are quantized already", where=where, next_step="keep one quantize stage")
 
@@ -86,7 +91,8 @@ class Quantize(Stage):
         if not self.streaming:
             shutil.rmtree(saved, ignore_errors=True)  # of a run that stopped between writing it and taking it over
         where = f"quantize ({self.backend}, {self.bits} bits)"
-        rounding = solvers[self.method or "rtn"](bits=self.bits, group_size=self.group_size)
+        chosen = solvers[self.method or "rtn"]
+        rounding = chosen(bits=self.bits, group_size=self.group_size, **self.solver_options)
         if self.streaming:
             empty = empty_model(Path(work.checkpoint))
             packing = backends.entry(self.backend).traits["packing"](
@@ -96,11 +102,11 @@ class Quantize(Stage):
             report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, rounding, container=packing)
             covered.require(self.min_coverage, where=where)
             return Done(None, report.facts(), covered, saved, quantized=self.backend)
-        scales = None
+        scales, facts = None, dict[str, Any]()
         if self.method is not None:
             batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []
             report = compress_blocks(work.model, batches, rounding, resume_dir=work.folder / "blocks")
-            scales = report.scales
+            scales, facts = report.scales, report.facts()
         written = quantize(
             work.model,
             saved,
@@ -112,4 +118,4 @@ class Quantize(Stage):
             **self.options,
         )
         written.coverage.require(self.min_coverage, where=where)
-        return Done(written.model, {"notes": written.notes}, written.coverage, saved, quantized=self.backend)
+        return Done(written.model, facts | {"notes": written.notes}, written.coverage, saved, quantized=self.backend)

@@ -32,7 +32,7 @@ from report import figure, record
 
 PATTERNS = (("2:4", 0.5), ("unstructured", 0.5), ("unstructured", 0.7))
 TARGETS = {("2:4", 0.5): 0.34, ("unstructured", 0.5): 0.45, ("unstructured", 0.7): 0.20}
-ARMS = (("llm-compressor", "sparsegpt"), ("ours", "alps"), ("ours", "sparsegpt"))
+ARMS = (("llm-compressor", "sparsegpt"), ("ours", "alps"), ("ours", "sparsegpt"), ("llm-compressor", "wanda"))
 DRAWS = 2000
 
 
@@ -172,6 +172,10 @@ def main() -> None:
             memory = [a["peak_mb"] / b["peak_mb"] for a, b in zip(ours, theirs, strict=True)]
             fits = mean(memory) <= 0.5
             figures.append(figure(f"{name}: memory above idle", mean(memory), "<= 0.5", fits, spread=memory))
+        ours, theirs = runs[pattern, sparsity, "ours", "alps"], runs[pattern, sparsity, "llm-compressor", "wanda"]
+        value, spread = ratio(gap, ours, theirs)
+        name = f"{label}, alps / llm-compressor Wanda: perplexity gap"
+        figures.append(figure(name, value, "-", True, spread=spread))
     record(
         f"{args.name}_oneshot_pruning",
         what=f"One-shot pruning of {args.name}, calibration seeds {args.seeds} of {args.rows} x {args.length} "

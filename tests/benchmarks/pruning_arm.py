@@ -62,7 +62,10 @@ def prune_by_peer(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedMode
     kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[args.method]
     model = load(args.model)
     mask_structure = "0:0" if args.pattern == "unstructured" else args.pattern
-    recipe = kind(sparsity=args.sparsity, mask_structure=mask_structure, targets=["Linear"], ignore=["re:.*lm_head"])
+    left = ["re:.*lm_head"]  # a plain "lm_head" is pruned all the same
+    if getattr(model.config, "kv_lora_rank", None):
+        left.append("re:.*kv_b_proj")  # MLA gives it four dimensions, and both modifiers fail on them
+    recipe = kind(sparsity=args.sparsity, mask_structure=mask_structure, targets=["Linear"], ignore=left)
     rows = Dataset.from_list([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids])
     oneshot(
         model=model,

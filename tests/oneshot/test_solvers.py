@@ -455,6 +455,17 @@ def test_going_on_from_the_middle_is_the_whole_block(name: str) -> None:
         assert torch.equal(block(call), whole)
 
 
+def test_options_of_the_solver_reach_it() -> None:
+    untuned, asked = tiny("llama"), tiny("llama")
+    compress_blocks(untuned, batches(), solvers["alps"](sparsity=0.5, epochs=0))
+    prune(asked, batches(), sparsity=0.5, solver_options={"epochs": 0})
+    tuned = tiny("llama")
+    prune(tuned, batches(), sparsity=0.5)
+    for one, two, three in zip(weights(untuned), weights(asked), weights(tuned), strict=True):
+        assert torch.equal(one.matrix, two.matrix)
+        assert not torch.equal(two.matrix, three.matrix)
+
+
 @pytest.mark.parametrize("method", ["criterion", "alps"])
 def test_a_decoder_that_classifies_does_not_read_its_own_cache(method: str) -> None:
     causal = tiny("llama")
@@ -496,6 +507,11 @@ def test_few_tokens_are_refused_for_refitting_and_named_when_scarce() -> None:
         ({"sparsities": {"k_proj": 1.5}}, "not in"),
         ({"budget": "owl", "sparsity": 0.95}, "not all in"),
         ({"sparsty": 0.5}, "did you mean 'sparsity'"),
+        ({"solver_options": {"epoch": 1}}, "did you mean 'epochs'"),
+        ({"solver_options": {"epochs": "two"}}, r"'two' is no value of alps's 'epochs'[\s\S]*int, 0 or more"),
+        ({"solver_options": {"epochs": True}}, "is no value of"),
+        ({"solver_options": {"steps": -1}}, "-1 is no value of"),
+        ({"method": "criterion", "solver_options": {"sparsity": 0.1}}, r"no option 'sparsity'[\s\S]*it has none"),
         ({"pattern": "3:7", "sparsity": 4 / 7}, r"7 does not divide 64 inputs[\s\S]*q_proj"),
     ],
 )

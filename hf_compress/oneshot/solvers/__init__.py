@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from inspect import signature
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
 from hf_compress.criteria import Criterion, Statistics, seed_of
+from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.oneshot.tuning import Tuning
 from hf_compress.registry import Registry
 from hf_compress.weights import Weight
@@ -59,6 +61,31 @@ class Solver:
 solvers: Registry[Callable[..., Solver]] = Registry("solver", __name__)
 """``solver(**options) -> Solver``. Trait `makes`: ``zeros`` (a `prune` stage) or ``codes`` (a `quantize` stage, with
 options bits and group_size)."""
+
+ASKED = ("bits", "group_size", "sparsity", "pattern", "group", "sparsities", "criterion", "gradients")
+"""Arguments of solvers that stages and `prune` have fields of their own for."""
+
+
+def check_solver_options(name: str, given: Mapping[str, Any], *, where: str) -> None:
+    """Raise a CompressError for an option that the solver lacks (did you mean), or of another type."""
+    hints = get_type_hints(solvers[name])
+    known = [option for option in signature(solvers[name]).parameters if option not in ASKED]
+    for option, value in given.items():
+        if option not in known:
+            raise CompressError(
+                f"{name} has no option {option!r}",
+                where=where,
+                next_step=did_you_mean(option, known) if known else "it has none: leave solver_options out",
+            )
+        number = hints[option] in (int, float)
+        fits = type(value) in ((int, float) if hints[option] is float else (hints[option],))
+        if not fits or (number and value < 0):
+            raise CompressError(
+                f"{value!r} is no value of {name}'s {option!r}",
+                where=where,
+                next_step=hints[option].__name__ + (", 0 or more" if number else ""),
+            )
+
 
 DENSE_TARGET = ("drift", "folds")
 """What a solver asks for that aims at the dense model's outputs."""
