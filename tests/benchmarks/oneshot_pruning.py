@@ -90,8 +90,10 @@ def write_tokens(model: Path, path: Path, *, length: int, rows: int, held: int, 
 
 def arm(
     library: str, method: str, pattern: str, sparsity: float, seed: int, args: argparse.Namespace
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     out = args.output / f"{args.name}-{library}-{method}-{pattern}-{sparsity}-{seed}.json"
+    if not out.exists() and args.report:
+        return None
     if not out.exists():
         python = sys.executable if library == "ours" else str(args.peer)
         command = [python, str(Path(__file__).with_name("pruning_arm.py")), "--library", library, "--method", method]
@@ -128,6 +130,52 @@ def ratio(of: Any, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> 
     return of(ours, everything) / of(theirs, everything), [ratios[DRAWS // 40], ratios[-DRAWS // 40]]
 
 
+Runs = dict[tuple[Any, ...], dict[int, dict[str, Any]]]
+"""Pattern, sparsity, library and method -> seed -> what the arm found."""
+
+
+def pairs(runs: Runs, ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> tuple[list[Any], list[Any], str]:
+    """The runs of the seeds that both sides have, and which these are."""
+    seeds = sorted(runs.get(ours, {}).keys() & runs.get(theirs, {}).keys())
+    said = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {', '.join(map(str, seeds))}"
+    return [runs[ours][s] for s in seeds], [runs[theirs][s] for s in seeds], said
+
+
+def compared(runs: Runs, pattern: str, sparsity: float, model: str) -> list[dict[str, Any]]:
+    """The figures of one pattern."""
+    label = pattern if pattern != "unstructured" else f"{sparsity:.0%}"
+    figures = []
+    for method in ("alps", "sparsegpt"):
+        ours, theirs, said = pairs(
+            runs, (pattern, sparsity, "ours", method), (pattern, sparsity, "llm-compressor", "sparsegpt")
+        )
+        if not ours:
+            continue
+        name = f"{label}, {method} / llm-compressor SparseGPT ({said})"
+        target = TARGETS[pattern, sparsity] if method == "alps" and model == "smollm2" else None
+        value, spread = ratio(gap, ours, theirs)
+        wanted, reached = (f"<= {target}", value <= target) if target else ("-", True)
+        figures.append(figure(f"{name}: perplexity gap", value, wanted, reached, spread=spread))
+        for what, of in (("KL to dense", divergence), ("log-perplexity gap", log_gap)):
+            value, spread = ratio(of, ours, theirs)
+            figures.append(figure(f"{name}: {what}", value, "-", True, spread=spread))
+        for what, key, limit in (
+            ("CPU time", "cpu_seconds", 1.5 if method == "alps" else 0.5),
+            ("memory above idle", "peak_mb", 0.5),
+        ):
+            ratios = sorted(a[key] / b[key] for a, b in zip(ours, theirs, strict=True))
+            reached = mean(ratios) <= limit
+            figures.append(figure(f"{name}: {what}", mean(ratios), f"<= {limit}", reached, spread=ratios))
+    ours, theirs, said = pairs(
+        runs, (pattern, sparsity, "ours", "alps"), (pattern, sparsity, "llm-compressor", "wanda")
+    )
+    if ours:
+        value, spread = ratio(gap, ours, theirs)
+        name = f"{label}, alps / llm-compressor Wanda ({said}): perplexity gap"
+        figures.append(figure(name, value, "-", True, spread=spread))
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="python of an environment with llm-compressor")
@@ -137,6 +185,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--held", type=int, default=30)
+    parser.add_argument("--report", action="store_true", help="of the arms that are done; run none")
     parser.add_argument("--note", default="", help="what a reader must know of this run, such as other jobs beside it")
     parser.add_argument("--output", type=Path, default=Path("outputs/oneshot_pruning"))
     args = parser.parse_args()
@@ -145,37 +194,16 @@ def main() -> None:
     args.tokens = args.output / f"{args.name}.safetensors"
     if not args.tokens.exists():
         write_tokens(args.model, args.tokens, length=args.length, rows=args.rows, held=args.held)
-    runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    runs: Runs = {}
     for seed in args.seeds:
         for pattern, sparsity in PATTERNS:
             for library, method in ARMS:
                 one = arm(library, method, pattern, sparsity, seed, args)
-                runs.setdefault((pattern, sparsity, library, method), []).append(one)
-    figures = []
-    everything = list(range(len(next(iter(runs.values()))[0]["nll"])))
-    for pattern, sparsity in PATTERNS:
-        label = pattern if pattern != "unstructured" else f"{sparsity:.0%}"
-        theirs = runs[pattern, sparsity, "llm-compressor", "sparsegpt"]
-        for method in ("alps", "sparsegpt"):
-            ours, name = runs[pattern, sparsity, "ours", method], f"{label}, {method} / llm-compressor SparseGPT"
-            main_one = method == "alps" and args.name == "smollm2"
-            target = TARGETS[pattern, sparsity] if main_one else None
-            value, spread = ratio(gap, ours, theirs)
-            wanted, reached = (f"<= {target}", value <= target) if target else ("-", True)
-            figures.append(figure(f"{name}: perplexity gap", value, wanted, reached, spread=spread))
-            for what, of in (("KL to dense", divergence), ("log-perplexity gap", log_gap)):
-                value, spread = ratio(of, ours, theirs)
-                figures.append(figure(f"{name}: {what}", value, "-", True, spread=spread))
-            limit = 1.5 if method == "alps" else 0.5
-            cpu = [a["cpu_seconds"] / b["cpu_seconds"] for a, b in zip(ours, theirs, strict=True)]
-            figures.append(figure(f"{name}: CPU time", mean(cpu), f"<= {limit}", mean(cpu) <= limit, spread=cpu))
-            memory = [a["peak_mb"] / b["peak_mb"] for a, b in zip(ours, theirs, strict=True)]
-            fits = mean(memory) <= 0.5
-            figures.append(figure(f"{name}: memory above idle", mean(memory), "<= 0.5", fits, spread=memory))
-        ours, theirs = runs[pattern, sparsity, "ours", "alps"], runs[pattern, sparsity, "llm-compressor", "wanda"]
-        value, spread = ratio(gap, ours, theirs)
-        name = f"{label}, alps / llm-compressor Wanda: perplexity gap"
-        figures.append(figure(name, value, "-", True, spread=spread))
+                if one is not None:
+                    runs.setdefault((pattern, sparsity, library, method), {})[seed] = one
+    figures = [made for pattern, sparsity in PATTERNS for made in compared(runs, pattern, sparsity, args.name)]
+    named = {" ".join(map(str, key)): list(some.values()) for key, some in runs.items()}
+    everything = [run for some in named.values() for run in some]
     record(
         f"{args.name}_oneshot_pruning",
         what=f"One-shot pruning of {args.name}, calibration seeds {args.seeds} of {args.rows} x {args.length} "
@@ -188,15 +216,13 @@ def main() -> None:
             else ""
         ),
         figures=figures,
-        perplexity={
-            " ".join(map(str, key)): [math.exp(mean(run["nll"])) for run in some] for key, some in runs.items()
-        }
-        | {"dense": math.exp(mean(next(iter(runs.values()))[0]["dense_nll"]))},
-        kl={" ".join(map(str, key)): divergence(some, everything) for key, some in runs.items()},
-        seconds={" ".join(map(str, key)): [run["cpu_seconds"] for run in some] for key, some in runs.items()},
-        peak_mb={" ".join(map(str, key)): [run["peak_mb"] for run in some] for key, some in runs.items()},
-        sparsity={" ".join(map(str, key)): [run["sparsity"] for run in some] for key, some in runs.items()},
-        valid_groups={" ".join(map(str, key)): [run["valid_groups"] for run in some] for key, some in runs.items()},
+        perplexity={key: [math.exp(mean(run["nll"])) for run in some] for key, some in named.items()}
+        | {"dense": math.exp(mean(everything[0]["dense_nll"]))},
+        kl={key: [mean(run["kl"]) for run in some] for key, some in named.items()},
+        seconds={key: [run["cpu_seconds"] for run in some] for key, some in named.items()},
+        peak_mb={key: [run["peak_mb"] for run in some] for key, some in named.items()},
+        sparsity={key: [run["sparsity"] for run in some] for key, some in named.items()},
+        valid_groups={key: [run["valid_groups"] for run in some] for key, some in named.items()},
     )
 
 
