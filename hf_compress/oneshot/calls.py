@@ -26,7 +26,7 @@ class Block:
 
     def __init__(self, model: PreTrainedModel, index: int) -> None:
         self.index, self.module, self._family = index, blocks_of(model)[index], family_of(model.config)
-        self._precision = partial(calibrating, model.dtype, model.device)
+        self._precision = partial(calibrating, model)
 
     def __call__(self, call: Call) -> Tensor:
         if call.middle is None:

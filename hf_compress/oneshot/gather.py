@@ -116,7 +116,7 @@ class StageStatistics:
         return group.first.shape[1] / 4 if "hessian" in self.needs else STARVED / 16
 
     def _of_expert(self, group: InputGroup) -> Statistics:
-        module, sums = group.first.module, Sums(self.needs)
+        module, sums = group.first.module, Sums(self.needs, routed=True)
         live = module.get_parameter(group.gate_up)[group.first.expert] if group.gate_up else None
         before = self.dense_gate_up[module][group.first.expert] if group.gate_up and self.dense_gate_up else None
         for batch in self._routed[module]:

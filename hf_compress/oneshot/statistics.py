@@ -18,10 +18,12 @@ class Sums:
 
     Args:
         needs: the `Statistics` fields to make; ``folds`` keeps the two halves of the text apart.
+        routed: each call brings another number of rows (see `calibrating`).
     """
 
-    def __init__(self, needs: Iterable[str]) -> None:
+    def __init__(self, needs: Iterable[str], *, routed: bool = False) -> None:
         self.needs = frozenset(needs)
+        self._factor = torch.Tensor.float if routed else rough
         self._folds = [Statistics(), Statistics()] if "folds" in self.needs else [Statistics()]
 
     def add(self, rows: Tensor, fold: Tensor, dense: Tensor | None = None, shift: Tensor | None = None) -> None:
@@ -51,10 +53,10 @@ class Sums:
                 sums.hessian[start : start + PANEL, start:].addmm_(panel.T, rows[:, start:])
         if "drift" in self.needs and dense is not None:
             sums.drift = rows.new_zeros(width, width) if sums.drift is None else sums.drift
-            sums.drift += rough(dense.float() - rows).T @ rough(rows)
+            sums.drift += self._factor(dense.float() - rows).T @ self._factor(rows)
         if "drift" in self.needs and shift is not None:
             sums.residual = rows.new_zeros(shift.shape[1], width) if sums.residual is None else sums.residual
-            sums.residual += rough(shift.float()).T @ rough(rows)
+            sums.residual += self._factor(shift.float()).T @ self._factor(rows)
 
     def statistics(self) -> Statistics:
         """What the rows come to; with ``folds``, also of each half. Call it once: the sums become what it returns."""
