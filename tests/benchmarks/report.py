@@ -20,7 +20,10 @@ def figure(name: str, value: float, target: str, reached: bool, *, spread: Itera
 
 
 def record(name: str, *, what: str, command: str, figures: list[dict[str, Any]], **facts: Any) -> None:
-    """Write the result (`facts` are what it was computed from) and render README.md."""
+    """Write the result (`facts` are what it was computed from) and render README.md.
+
+    `tables` among the facts (title, columns, rows of text) and results/NAME.png are shown too.
+    """
     from hf_compress.evaluation.cost import machine_facts
 
     found = {"what": what, "command": command, "date": time.strftime("%Y-%m-%d"), "figures": figures}
@@ -45,6 +48,11 @@ def render() -> None:
             spread = f"{min(one['spread']):.4g} to {max(one['spread']):.4g}" if one["spread"] else "-"
             reached = "-" if one["target"] == "-" else "yes" if one["reached"] else "**no**"
             lines.append(f"| {one['name']} | {one['value']:.4g} | {spread} | {one['target']} | {reached} |")
+        for table in facts.get("tables", []):
+            lines += ["", table["title"], "", "| " + " | ".join(table["columns"]) + " |"]
+            lines += ["|---" * len(table["columns"]) + "|", *("| " + " | ".join(row) + " |" for row in table["rows"])]
+        if path.with_suffix(".png").exists():
+            lines += ["", f"![{path.stem}](results/{path.stem}.png)"]
         lines += ["", f"{facts['date']}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "]
         lines[-1] += f"transformers {machine['transformers']}."
     (HERE / "README.md").write_text("\n".join(lines) + "\n")
