@@ -144,7 +144,7 @@ def order(seeds: list[int], key_seeds: list[int]) -> list[Arm]:
     """All arms, what matters most first: a run that is stopped has the more."""
     plan = [(seed, s) for seed in seeds for s in SPARSITIES] + [(seed, s) for seed in key_seeds for s in reversed(KEY)]
     arms = [Arm(task, *arm, sparsity, seed) for seed, sparsity in plan for task in TASKS for arm in ARMS]
-    return sorted(arms, key=lambda arm: arm.schedule == "iterative" and arm.sparsity not in KEY)
+    return sorted(arms, key=lambda arm: (arm.schedule == "iterative") * (1 + (arm.sparsity not in KEY)))
 
 
 def main() -> None:
