@@ -116,7 +116,7 @@ def rotten_tomatoes(output: Path, steps: int) -> Task:
 
 
 def text(model: Path, held: Path, steps: int) -> Task:
-    training = {"max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.01}
+    training = {"max_steps": steps, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "weight_decay": 0.01}
     return Task("text", "causal-lm", model, training, temperature=1.0, calibration=64, held=held)
 
 

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 from schedules_arm import SCHEDULES, UNTRAINED
 
 COLOURS = dict(zip(SCHEDULES, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True)) | {UNTRAINED: "black"}
@@ -62,10 +63,14 @@ def draw(curves: dict[str, list[dict[str, Any]]], dense: dict[str, float], path:
                 )
             if measure == "kl" or task == "text":
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_xticks(list(places.values()), [f"{sparsity:.0%}" for sparsity in sparsities])
             axes.set(xlabel="share of zeros", ylabel=label, title=title)
             axes.grid(alpha=0.25)
-    shown = [Line2D([], [], color=colour, label=schedule) for schedule, colour in COLOURS.items()]
+    present = {curve["schedule"] for some in curves.values() for curve in some}
+    shown = [Line2D([], [], color=colour, label=name) for name, colour in COLOURS.items() if name in present]
     shown += [
         Line2D(
             [], [], color="grey", linestyle="-", marker="o", markersize=4, label="learns the dense model's answers"
@@ -73,6 +78,6 @@ def draw(curves: dict[str, list[dict[str, Any]]], dense: dict[str, float], path:
         Line2D([], [], color="grey", linestyle="--", marker="s", markersize=4, label="learns the labels"),
     ]
     figure.legend(handles=shown, loc="lower center", ncols=4, frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
