@@ -25,7 +25,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
 from report import HERE, figure, record
-from schedules_arm import SCHEDULES, UNTRAINED, Arm, Task, rotten_tomatoes, run, text
+from schedules_arm import DENSE, SCHEDULES, UNTRAINED, Arm, Task, rotten_tomatoes, run, text
 from schedules_plot import draw
 
 from hf_compress.evaluation.quality import paired_difference
@@ -144,7 +144,8 @@ def order(seeds: list[int], key_seeds: list[int]) -> list[Arm]:
     """All arms, what matters most first: a run that is stopped has the more."""
     plan = [(seed, s) for seed in seeds for s in SPARSITIES] + [(seed, s) for seed in key_seeds for s in reversed(KEY)]
     arms = [Arm(task, *arm, sparsity, seed) for seed, sparsity in plan for task in TASKS for arm in ARMS]
-    return sorted(arms, key=lambda arm: (arm.schedule == "iterative") * (1 + (arm.sparsity not in KEY)))
+    arms.sort(key=lambda arm: (arm.schedule == "iterative") * (1 + (arm.sparsity not in KEY)))
+    return [Arm(task, DENSE, False, 0.0, 0) for task in TASKS] + arms
 
 
 def main() -> None:
@@ -163,26 +164,33 @@ def main() -> None:
     held = args.text_model / "heldout_reviews.jsonl"
     tasks = [rotten_tomatoes(args.output, args.steps), text(args.text_model, held, args.text_steps)]
     found: dict[str, Found] = {task.name: {} for task in tasks}
+    dense: dict[str, Rows] = {}
     for arm in order(args.seeds, args.key_seeds):
         if args.report and not (args.output / arm.file).exists():
             continue
         task = next(one for one in tasks if one.name == arm.task)
         facts = run(arm, task, args.output)
-        found[arm.task].setdefault((arm.schedule, arm.distilled, arm.sparsity), []).append(facts)
+        if arm.schedule == DENSE:
+            dense[arm.task] = rows_of([facts])
+        else:
+            found[arm.task].setdefault((arm.schedule, arm.distilled, arm.sparsity), []).append(facts)
         print(arm.file, flush=True)
-    dense = {task.name: rows_of([task.reference]) for task in tasks}
+    tasks = [task for task in tasks if found[task.name]]
     measured = {task.name: curves(found[task.name], dense[task.name], task) for task in tasks}
     scores = {task.name: score(dense[task.name], task) for task in tasks}
     draw(measured, scores, HERE / "results" / "pruning_schedules.png")
     seeds, more = " ".join(map(str, args.seeds)), " ".join(map(str, args.key_seeds))
     also = f", at {KEY[0]:.0%} and {KEY[1]:.0%} also {more}" if more else ""
-    lengths = ", ".join(f"{task.training['max_steps']} steps on {task.name}" for task in tasks)
-    held_out = [len(task.data.eval) for task in tasks]
+    subjects = {"rotten-tomatoes": "MiniLM on Rotten Tomatoes", "text": f"{args.text_model.name} on IMDB reviews"}
+    each = "; ".join(
+        f"{subjects[task.name]}, {task.training['max_steps']} steps of {task.training['per_device_train_batch_size']} "
+        f"rows, {len(dense[task.name]['right'])} held out"
+        for task in tasks
+    )
     record(
         "pruning_schedules",
-        what=f"Pruning schedules at equal steps ({lengths}), magnitude, unstructured, seeds {seeds}{also}: MiniLM on "
-        f"Rotten Tomatoes ({held_out[0]} held-out rows), {args.text_model.name} on IMDB reviews ({held_out[1]} of 256 "
-        f"tokens). Intervals are 95% over held-out rows, paired. {args.note}".rstrip(),
+        what=f"Pruning schedules at equal steps, magnitude, unstructured, seeds {seeds}{also}: {each}. Intervals are "
+        f"95% over held-out rows, paired. {args.note}".rstrip(),
         command=f"python tests/benchmarks/pruning_schedules.py --text-model FOLDER --seeds {seeds}"
         + (f" --key-seeds {more}" if more else ""),
         figures=[one for task in tasks for one in comparisons(found[task.name], task)],

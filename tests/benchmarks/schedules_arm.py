@@ -8,7 +8,7 @@ import random
 import re
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "iterative, rewound": (CYCLE | {"rewind_to": 0.0}, RESTARTS),
 }
 UNTRAINED = "alps, not trained"
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,15 @@ class Task:
     temperature: float
     calibration: int
     held: Path | None = None
-    tokenizer: PreTrainedTokenizerBase = field(init=False)
-    dense: PreTrainedModel = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.dense, tokenizer = self.load()
-        assert tokenizer is not None
-        self.tokenizer = tokenizer
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
         return load_model(ModelSource(id=str(self.folder), task=self.kind))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = self.load()[1]
+        assert tokenizer is not None
+        return tokenizer
 
     @cached_property
     def data(self) -> Prepared:
@@ -93,14 +93,10 @@ class Task:
         return [self.data.collator(rows[i : i + 16]) for i in range(0, len(rows), 16)]
 
     @cached_property
-    def reference(self) -> dict[str, list[float]]:
-        """The dense model's own answers."""
-        return answers(self.dense, self)
-
-    @cached_property
     def dense_logs(self) -> list[Tensor]:
-        """(predictions, classes or vocabulary) of each batch."""
-        return [predictions(self.dense, batch)[0] for batch in self.batches]
+        """What the dense model says: (predictions, classes or vocabulary) of each batch."""
+        dense, _ = self.load()
+        return [predictions(dense, batch)[0] for batch in self.batches]
 
 
 def rotten_tomatoes(output: Path, steps: int) -> Task:
@@ -140,6 +136,8 @@ def reviews(tokenizer: PreTrainedTokenizerBase, held: Path, *, length: int = 256
 def pruned(arm: Arm, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and facts of how it came about."""
     model, _ = task.load()
+    if arm.schedule == DENSE:
+        return model, {}
     if arm.schedule == UNTRAINED:
         options = {"samples": task.calibration, "vocab_size": model.config.vocab_size, "seed": arm.seed}
         prune(model, calibration_batches(task.data, **options), sparsity=arm.sparsity)
