@@ -33,7 +33,7 @@ from schedules_plot import draw
 
 from hf_compress.evaluation.quality import paired_difference
 
-SPARSITIES = (0.9, 0.7, 0.8, 0.5)  # in the order they are run
+SPARSITIES = (0.9, 0.7, 0.5)  # in the order they are run
 KEY = (0.7, 0.9)  # compared in the figures
 TASKS = ("rotten-tomatoes", "text")
 TAUGHT = {False: "labels", True: "distilled"}
