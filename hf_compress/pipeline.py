@@ -19,16 +19,18 @@ from transformers import PreTrainedModel
 
 import hf_compress
 from hf_compress.backends import backends
-from hf_compress.card import FACTS, read_facts, write_card
+from hf_compress.card import FACTS, read_facts, save_facts, write_card
 from hf_compress.data import peek
 from hf_compress.errors import CompressError
 from hf_compress.evaluation import evaluate
+from hf_compress.evaluation.blocks import block_profile
 from hf_compress.evaluation.cost import machine_facts
+from hf_compress.licence import inherit_licence
 from hf_compress.planning import require_possible
 from hf_compress.recipe import NamedStage, Recipe, parse
 from hf_compress.source import ModelSource, load_meta, load_model, read_config, task_of, weight_files
 from hf_compress.stages import Done, Work
-from hf_compress.verification import EXPECTATION, verify, write_expectation, write_onnx_expectation
+from hf_compress.verification import EXPECTATION, verify, write_expectation, write_hashes, write_onnx_expectation
 
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "compressed-tensors")
 
@@ -85,7 +87,7 @@ def compress(
         del model
     extras, records, places = dict[str, Path](), list[dict[str, Any]](), {"source": str(checkpoint)}
     places["dense"] = places["source"]
-    quantized = ""
+    quantized, floating = "", checkpoint
     model_now: PreTrainedModel | None = None
     for index, named in enumerate(recipe.stages):
         finished = _Finished.stage(room, recipe, index)
@@ -117,6 +119,7 @@ def compress(
         record = finished.record
         records.append(record)
         checkpoint, quantized = finished.checkpoint, record["quantized"] or quantized
+        floating = floating if quantized else checkpoint
         extras |= {name: finished.folder / name for name in record["extras"]}
         places[named.name] = str(checkpoint)
         if named.name == recipe.baseline:
@@ -133,17 +136,22 @@ def compress(
         write_expectation(work.model, final)
     if "onnx" in extras:
         write_onnx_expectation(final)
+    licence = inherit_licence(recipe.model, recipe.license, final)
+    write_hashes(final)
     facts: dict[str, Any] = {
         "name": recipe.name,
         "command": command,
         "recipe": recipe.raw,
         "seed": recipe.seed,
-        "license": recipe.license,
+        "license": licence,
         "task": task,
         "base_model": recipe.model.id,
+        "base_revision": getattr(config, "_commit_hash", None) or recipe.model.revision,
         "source_bytes": sum(file.stat().st_size for file in files) or None,
         "datasets": [recipe.data.id] if recipe.data else [],
         "stages": records,
+        "blocks": _blocks(final, floating, task, records),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine_facts(),
         "versions": {"hf_compress": hf_compress.__version__} | {name: version(name) for name in LIBRARIES},
         "container": _container(recipe),
@@ -160,7 +168,7 @@ def compress(
     else:
         say("larger than this machine's memory: neither measured nor opened")
         facts["verify"] = None
-    _save_facts(facts, final / FACTS)
+    save_facts(facts, final / FACTS)
     write_card(final)
     if output.exists():
         shutil.rmtree(output)
@@ -182,9 +190,19 @@ def measure_again(folder: Path, dense: str) -> dict[str, Any]:
         raise CompressError("the recipe measures nothing", where=str(folder), next_step="add an evaluate: section")
     found = evaluate(folder, dense, spec=recipe.evaluate, data=recipe.data, task=facts["task"], seed=recipe.seed)
     facts |= {"evaluation": found, "machine": found["machine"]}
-    _save_facts(facts, folder / FACTS)
+    save_facts(facts, folder / FACTS)
     write_card(folder)
     return facts
+
+
+def _blocks(final: Path, floating: Path, task: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bits a weight of each block as it ships; zeros as the last stage with floating weights left them."""
+    pruned = any(r["kind"] == "prune" or "Pruning" in r["facts"].get("techniques", {}) for r in records)
+    found = block_profile(final, task, zeros=False)
+    if pruned:
+        for entry, before in zip(found, block_profile(floating, task, zeros=True), strict=True):
+            entry["zeros"] = before["zeros"]
+    return found
 
 
 def _plain(source: ModelSource, files: list[Path]) -> bool:
@@ -269,13 +287,6 @@ class _Finished:
                 tokenizer.save_pretrained(made / "checkpoint")
         for name, folder in done.extras.items():
             folder.rename(made / name)
-        _save_facts(record, made / "record.json")
+        save_facts(record, made / "record.json")
         made.rename(self.folder)
         shutil.rmtree(running)
-
-
-def _save_facts(facts: dict[str, Any], path: Path) -> None:
-    """Write JSON through a temporary sibling, so that a full disk leaves no half file under the final name."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(facts, indent=2))
-    temporary.rename(path)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_compress import pipeline
-from hf_compress.card import _without_folders, render_card
+from hf_compress.card import render_card, without_folders
 from hf_compress.errors import CompressError
 from hf_compress.pipeline import compress, measure_again
 from hf_compress.planning import plan
@@ -504,7 +504,7 @@ def test_every_number_of_the_card_comes_from_the_facts(decoder: dict[str, Any], 
         other = json.loads(json.dumps(facts))
         change(other["evaluation"]["artefacts"], path, 123456789.0)
         assert render_card(other) != card, path
-    template = (Path(pipeline.__file__).parent / "card_template.md").read_text()
+    template = (Path(pipeline.__file__).parent / "card" / "template.md").read_text()
     assert not re.findall(r"\d", re.sub(r"\{%.*?%\}|\{:\.\d[%e]\}", "", template))
 
 
@@ -517,7 +517,7 @@ def test_cards_do_not_say_where_things_lay(decoder: dict[str, Any], tmp_path: Pa
     assert "--output out" in card
     assert "reviews.csv" in card
     kept = {"a": ["package://p/data/x.csv", "org/name", "../models/x", "a/b of c/d"], "b": 1}
-    assert _without_folders(kept) == kept
+    assert without_folders(kept) == kept
 
 
 def test_hostile_names_stay_text(decoder: dict[str, Any], tmp_path: Path) -> None:
