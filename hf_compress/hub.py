@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_compress.card import FACTS, adopt_prose, note_published, read_facts, without_folders, write_card
+from hf_compress.card import FACTS, adopt_prose, note_published, read_facts, save_facts, without_folders, write_card
 from hf_compress.errors import CompressError
 from hf_compress.shippable import shippable
 from hf_compress.verification import HASHES, verify, write_hashes
@@ -50,7 +50,7 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
     message: str = "Publish with hf_compress",
-    leave: Sequence[str] = (),
+    check: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> Published:
     """``publish("outputs/small", "user/small")``: verify the folder, then commit it to the Hub in one piece.
@@ -63,7 +63,7 @@ def publish(
     Args:
         private: make a new repository private; an existing public one is refused then.
         revision: branch to commit to, made from main when there is none.
-        leave: patterns of paths that stay here, such as a Trainer's checkpoints.
+        check: False for a model still in training, which no expectation was recorded of; its card says so.
 
     Raises:
         CompressError: not logged in, no right to write, a commit of somebody else meanwhile, no connection; what
@@ -72,25 +72,19 @@ def publish(
     folder = Path(folder)
     if create_pr and revision is not None:
         raise CompressError("a pull request is against main", where="revision", next_step="give one or the other")
-    read_facts(folder)
-    shippable(folder, leave)  # refusals before anything is opened or sent
-    if get_token() is None:
-        raise CompressError(
-            "not logged in to the Hub", where=repo, next_step="run `hf auth login`, or set HF_TOKEN, then try again"
-        )
-    say("verifying in a fresh process")
-    if not (folder / HASHES).exists():
-        write_hashes(folder)
-    verify(folder)
+    facts = read_facts(folder)
+    shippable(folder)  # refusals before anything is opened or sent
+    _require_login(repo)
+    if check:
+        say("verifying in a fresh process")
+        if not (folder / HASHES).exists():
+            write_hashes(folder)
+        found = verify(folder)[str(folder)]
+        if facts["verify"] is None:
+            save_facts(facts | {"verify": found}, folder / FACTS)
+    repo = create(repo, private=private)
     with _explained(repo, revision):
         api = HfApi()
-        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        if private and not api.model_info(repo).private:
-            raise CompressError(
-                "the repository exists and is public",
-                where=repo,
-                next_step="make it private on the Hub, or choose another",
-            )
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         head = api.model_info(repo, revision=revision).sha
@@ -98,9 +92,35 @@ def publish(
         write_card(folder, repo=repo)
         adopt_prose(folder, _card_of(api, repo, head))
         say(f"uploading to {repo}")
-        commit = _commit(api, repo, folder, leave, head, revision, create_pr, message)
+        commit = _commit(api, repo, folder, head, revision, create_pr, message)
     note_published(folder, repo)
     return Published(repo, commit.oid, commit.oid != head, commit.pr_url)
+
+
+def create(repo: str, *, private: bool = False) -> str:
+    """Make the repository unless it is there, and give its full name.
+
+    Raises:
+        CompressError: not logged in; no right to; it is there and public, and was asked to be private.
+    """
+    _require_login(repo)
+    with _explained(repo, None):
+        api = HfApi()
+        name: str = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(name).private:
+            raise CompressError(
+                "the repository exists and is public",
+                where=name,
+                next_step="make it private on the Hub, or choose another",
+            )
+    return name
+
+
+def _require_login(repo: str) -> None:
+    if get_token() is None:
+        raise CompressError(
+            "not logged in to the Hub", where=repo, next_step="run `hf auth login`, or set HF_TOKEN, then try again"
+        )
 
 
 def fetch(repo: str, *, revision: str | None = None) -> Path:
@@ -122,11 +142,9 @@ def _card_of(api: HfApi, repo: str, revision: str) -> str | None:
         return None
 
 
-def _operations(
-    api: HfApi, repo: str, folder: Path, leave: Sequence[str], head: str
-) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _operations(api: HfApi, repo: str, folder: Path, head: str) -> list[CommitOperationAdd | CommitOperationDelete]:
     """Every file of the folder, and the deletion of what an earlier version left behind."""
-    files = shippable(folder, leave)
+    files = shippable(folder)
     facts = {key: value for key, value in read_facts(folder).items() if key != "published"}
     clean = json.dumps(without_folders(facts), indent=2).encode()
     adds = [CommitOperationAdd(name, clean if name == FACTS else path) for name, path in files.items()]
@@ -139,7 +157,6 @@ def _commit(
     api: HfApi,
     repo: str,
     folder: Path,
-    leave: Sequence[str],
     head: str,
     revision: str | None,
     create_pr: bool,
@@ -153,7 +170,7 @@ def _commit(
         try:
             return api.create_commit(
                 repo,
-                _operations(api, repo, folder, leave, head),
+                _operations(api, repo, folder, head),
                 commit_message=message,
                 revision=revision,
                 create_pr=create_pr,

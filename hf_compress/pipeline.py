@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,27 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import hf_compress
 from hf_compress.backends import backends
-from hf_compress.card import FACTS, read_facts, save_facts, write_card
+from hf_compress.blocks import block_profile
+from hf_compress.card import FACTS, read_facts, save_facts, versions, write_card
 from hf_compress.data import peek
 from hf_compress.errors import CompressError
 from hf_compress.evaluation import evaluate
-from hf_compress.evaluation.blocks import block_profile
 from hf_compress.evaluation.cost import machine_facts
+from hf_compress.hub import Published, publish
 from hf_compress.licence import inherit_licence
 from hf_compress.planning import require_possible
 from hf_compress.recipe import NamedStage, Recipe, parse
 from hf_compress.source import ModelSource, load_meta, load_model, read_config, task_of, weight_files
 from hf_compress.stages import Done, Work
-from hf_compress.verification import EXPECTATION, verify, write_expectation, write_hashes, write_onnx_expectation
-
-LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "compressed-tensors")
+from hf_compress.verification import (
+    EXPECTATION,
+    model_files,
+    verify,
+    write_expectation,
+    write_hashes,
+    write_onnx_expectation,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class Result:
 
     folder: Path
     facts: dict[str, Any]
+
+    def push_to_hub(self, repo: str, **options: Any) -> Published:
+        """``compress(recipe, "out").push_to_hub("user/small", private=True)``: as `hf_compress.hub.publish`."""
+        return publish(self.folder, repo, **options)
 
 
 def compress(
@@ -150,10 +158,11 @@ def compress(
         "source_bytes": sum(file.stat().st_size for file in files) or None,
         "datasets": [recipe.data.id] if recipe.data else [],
         "stages": records,
+        "files": model_files(final),
         "blocks": _blocks(final, floating, task, records),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine_facts(),
-        "versions": {"hf_compress": hf_compress.__version__} | {name: version(name) for name in LIBRARIES},
+        "versions": versions(),
         "container": _container(recipe),
         "evaluation": None,
     }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import get_token
 
 from hf_compress.errors import CompressError
+from hf_compress.verification import SCRATCH
 
 RUNS = {
     ".bin": "pickle",
@@ -40,9 +41,9 @@ SECRETS = {
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL")
 
 
-def shippable(folder: Path, leave: Sequence[str] = ()) -> dict[str, Path]:
-    """``shippable(Path("out"))``: path in the repository -> file, everything in the folder but hidden files, `leave`
-    (patterns) and half-written ``.part`` files. ``.eval_results/`` goes along.
+def shippable(folder: Path) -> dict[str, Path]:
+    """``shippable(Path("out"))``: path in the repository -> file, everything in the folder but hidden files, a
+    Trainer's scratch and half-written ``.part`` files. ``.eval_results/`` goes along.
 
     Raises:
         CompressError: symbolic links; pickles and code; weights that are not safetensors; a config that asks for
@@ -52,7 +53,7 @@ def shippable(folder: Path, leave: Sequence[str] = ()) -> dict[str, Path]:
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if any(fnmatch(name, pattern) or fnmatch(name.split("/")[0], pattern) for pattern in leave):
+        if name.startswith(SCRATCH):
             continue
         if path.is_symlink():
             raise CompressError(

@@ -18,6 +18,7 @@ from hf_compress.weights import weights
 
 EXPECTATION = "verify/expectation.safetensors"
 HASHES = "verify/SHA256SUMS"
+SCRATCH = ("_", "checkpoint-", "training_args.bin", "trainer_state.json", "runs/", "hub-step/")  # a Trainer's own
 RENDERED = ("README.md", "recipe.yaml", "hf_compress.json", "plots/", ".eval_results/")  # made again from the facts
 TOLERANCE = 1e-3  # of the largest logit: another process may sum in another order
 
@@ -53,12 +54,16 @@ def write_onnx_expectation(folder: Path) -> None:
     save_file(expected | {"onnx_logits": torch.from_numpy(got)}, folder / EXPECTATION)
 
 
+def model_files(folder: Path) -> list[str]:
+    """Relative paths of what makes up the model: all but what is made from the facts, and a Trainer's scratch."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return [name for name in names if name != HASHES and not name.startswith((*RENDERED, *SCRATCH))]
+
+
 def write_hashes(folder: Path) -> None:
     """Record the SHA-256 of every file that makes up the model, as ``sha256sum -c verify/SHA256SUMS`` reads them."""
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    kept = [name for name in names if name != HASHES and not name.startswith(RENDERED)]
     (folder / HASHES).parent.mkdir(exist_ok=True)
-    (folder / HASHES).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in kept))
+    (folder / HASHES).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in model_files(folder)))
 
 
 def changed_files(folder: Path) -> list[str]:

@@ -516,8 +516,10 @@ def test_cards_do_not_say_where_things_lay(decoder: dict[str, Any], tmp_path: Pa
     assert str(tmp_path.parent) not in card
     assert "--output out" in card
     assert "reviews.csv" in card
-    kept = {"a": ["package://p/data/x.csv", "org/name", "../models/x", "a/b of c/d"], "b": 1}
+    kept = {"a": ["package://p/data/x.csv", "org/name", "a/b of c/d", "1 / 2", "x://h//p"], "b": 1}
     assert without_folders(kept) == kept
+    told = ["../models/x", "~/m", "./a/b", "--out=/x", "/home/me/.cache/x"]
+    assert without_folders(told) == ["x", "m", "b", "--out=x", "x"]
 
 
 def test_hostile_names_stay_text(decoder: dict[str, Any], tmp_path: Path) -> None:

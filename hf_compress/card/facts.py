@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import hf_compress
 from hf_compress.errors import CompressError
 
 FACTS = "hf_compress.json"
+_FOLDERS = re.compile(r"(?<![\w:/.~-])(?:(?:\.\.?|~)?/)+(?:[\w.@+~-]+/)*(?=[\w.@+~-])")  # absolute, or from ../ or ~/
+LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "compressed-tensors")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -34,10 +38,15 @@ def save_facts(facts: dict[str, Any], path: Path) -> None:
     temporary.rename(path)
 
 
+def versions() -> dict[str, str]:
+    """Of hf_compress and the libraries that decide what comes out."""
+    return {"hf_compress": hf_compress.__version__} | {name: version(name) for name in LIBRARIES}
+
+
 def without_folders(facts: Any) -> Any:
-    """Absolute paths by their last name: where things lay on the maker's machine is nobody's business."""
+    """Paths by their last name: where things lay on the maker's machine is nobody's business."""
     if isinstance(facts, dict):
         return {key: without_folders(value) for key, value in facts.items()}
     if isinstance(facts, list):
         return [without_folders(value) for value in facts]
-    return re.sub(r"(?<![\w:/.~-])/(?:[\w.@+~-]+/)+(?=[\w.@+~-])", "", facts) if isinstance(facts, str) else facts
+    return _FOLDERS.sub("", facts) if isinstance(facts, str) else facts

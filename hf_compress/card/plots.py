@@ -61,10 +61,10 @@ def _draw_blocks(axes: Axes, panel: tuple[str, dict[str, list[tuple[int, float]]
     from matplotlib.ticker import MaxNLocator
 
     label, lines = panel
-    styles = ("o-", "s--", "^:", "d-.")
-    for style, (kind, points) in zip(styles, lines.items(), strict=False):
-        axes.plot(*zip(*points, strict=True), style, label=kind.replace("_", " "), markersize=4, linewidth=1)
-    axes.set(xlabel="block", ylabel=label, ylim=(0, None))
+    for size, (kind, points) in zip((9, 7, 5, 3), lines.items(), strict=False):  # rings inside one another
+        axes.plot(*zip(*points, strict=True), "o-", mfc="none", label=kind.replace("_", " "), ms=size, linewidth=1)
+    highest = max(value for points in lines.values() for _, value in points)
+    axes.set(xlabel="block", ylabel=label, ylim=(0, 1.3 * highest or 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8)
 
@@ -80,7 +80,8 @@ def _draw_losses(axes: Axes, stage: tuple[str, list[dict[str, float]]]) -> None:
     for key in keys:
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
         if any(value for _, value in points):  # a term of weight zero is no curve
-            axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), linewidth=1.2)
+            style = "k-" if key == "loss" else "o--" if key == "eval_loss" else "--"
+            axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "), ms=3, linewidth=1.2)
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None), title=_plain(name))
     axes.title.set_fontsize(9)
     axes.legend(frameon=False, fontsize=8)

@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-BEGIN, END = "<!-- hf_compress: {name}, made from hf_compress.json -->", "<!-- hf_compress: end -->"
 _SECTION = re.compile(
     r"<!-- hf_compress: (?P<name>[a-z]+), made from hf_compress\.json -->\n.*?<!-- hf_compress: end -->", re.DOTALL
 )
@@ -57,6 +56,11 @@ def prose_of(card: str) -> str:
     own = {key: value for key, value in data.items() if key not in _OWN and key != "tags"}
     written = [piece.strip() for name, piece in pieces if not name and piece.strip()]
     return "\n".join([*written, *([yaml.safe_dump(own)] if own else [])])
+
+
+def sections_of(card: str) -> dict[str, str]:
+    """Name -> text of the generated sections."""
+    return {name: piece for name, piece in _split(card)[1] if name}
 
 
 def _split(card: str) -> tuple[dict[str, Any], list[tuple[str | None, str]]]:

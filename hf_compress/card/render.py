@@ -22,11 +22,9 @@ from hf_compress.card.snippets import snippets
 HERE = "."  # the place that snippets load from while the model is not on the Hub
 
 
-def render_card(
-    facts: dict[str, Any], *, repo: str | None = None, files: Collection[str] = (), plots: Collection[str] = ()
-) -> str:
+def render_card(facts: dict[str, Any], *, repo: str | None = None, plots: Collection[str] = ()) -> str:
     """Markdown with the Hub's YAML front matter. Text from the recipe is escaped, so that a name cannot break out of
-    its place. repo: where it is published; files: what the folder holds; plots: which were drawn."""
+    its place. repo: where it is published; plots: which were drawn."""
     facts = without_folders(facts)
     place = repo if repo and HUB_ID.fullmatch(repo) else HERE
     environment = jinja2.Environment(
@@ -37,6 +35,7 @@ def render_card(
         autoescape=False,
     )
     environment.filters |= {"text": text, "code": code, "line": one_line, "url": quote}
+    facts = {"in_progress": None} | facts
     template = environment.from_string((Path(__file__).parent / "template.md").read_text())
     recipe = dump_recipe(facts)
     card = template.render(
@@ -56,8 +55,9 @@ def render_card(
         onnx=any(s["kind"] == "export" for s in facts["stages"]),
         plots=plots,
         drawable=importlib.util.find_spec("matplotlib") is not None,
-        snippets=snippets(facts, place=place, files=files),
+        snippets=snippets(facts, place=place),
         place=place,
+        last_evaluation=_last_evaluation(facts),
         selection=_selection(facts),
         bibtex=bibtex(facts),
     )
@@ -109,6 +109,16 @@ def _few(facts: dict[str, Any]) -> int | None:
     root = root_of(facts)
     rows: int | None = next((root[name]["n"] for name in METRICS if name in root), None)
     return rows if rows is not None and rows < 30 else None
+
+
+def _last_evaluation(facts: dict[str, Any]) -> str:
+    """What the Trainer logged last of its evaluation set, where nothing was measured against the dense model."""
+    logs = [entry for s in facts["stages"] for entry in s["facts"].get("log", []) if "eval_loss" in entry]
+    if facts["evaluation"] or not logs:
+        return ""
+    quiet = ("_runtime", "_per_second")
+    kept = {k: v for k, v in logs[-1].items() if k.startswith("eval_") and not k.endswith(quiet)}
+    return ", ".join(f"{key} {value:.4g}" for key, value in kept.items()) + f" at step {logs[-1]['step']}"
 
 
 def _masked(facts: dict[str, Any]) -> bool:

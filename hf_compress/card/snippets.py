@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,9 @@ class Snippet:
     code: str
 
 
-def snippets(facts: dict[str, Any], *, place: str, files: Collection[str]) -> list[Snippet]:
-    """One for each container in the folder. place: id on the Hub, or "." for the folder one stands in; files: what
-    the folder holds."""
+def snippets(facts: dict[str, Any], *, place: str) -> list[Snippet]:
+    """One for each container in the folder. place: id on the Hub, or "." for the folder one stands in."""
+    files = facts["files"]
     container = facts["container"] or {}
     needs = ("torch", "transformers", *([container["needs"]] if container.get("needs") else []))
     if "tokenizer_config.json" not in files:

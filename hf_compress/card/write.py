@@ -10,7 +10,7 @@ import yaml
 from hf_compress.card.facts import FACTS, read_facts, save_facts
 from hf_compress.card.metadata import eval_results
 from hf_compress.card.plots import draw_plots
-from hf_compress.card.prose import merge, prose_of
+from hf_compress.card.prose import merge, prose_of, sections_of
 from hf_compress.card.render import dump_recipe, render_card
 from hf_compress.errors import CompressError
 
@@ -23,8 +23,7 @@ def write_card(folder: Path, *, repo: str | None = None) -> Path:
     """
     facts, path = read_facts(folder), folder / "README.md"
     plots = draw_plots(facts, folder)
-    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    card = render_card(facts, repo=repo or facts.get("published", {}).get("repo"), files=files, plots=plots)
+    card = render_card(facts, repo=repo or facts.get("published", {}).get("repo"), plots=plots)
     _write(path, merge(card, path.read_text()) if path.exists() else card)
     if facts.get("recipe"):
         _write(folder / "recipe.yaml", dump_recipe(facts))
@@ -54,6 +53,14 @@ def adopt_prose(folder: Path, remote: str | None) -> None:
             where=str(path),
             next_step="copy the Hub's text into this README.md, or take yours out, then publish again",
         )
+
+
+def differing_sections(folder: Path, *, repo: str | None = None) -> list[str]:
+    """Sections of README.md with measured numbers that are not what the facts give; [] when all are."""
+    facts = read_facts(folder)
+    made = render_card(facts, repo=repo or facts.get("published", {}).get("repo"))
+    here, there = sections_of((folder / "README.md").read_text()), sections_of(made)
+    return [name for name in ("summary", "comparison", "limits") if here.get(name) != there.get(name)]
 
 
 def note_published(folder: Path, repo: str) -> None:

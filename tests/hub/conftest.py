@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,7 +39,9 @@ def online(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", ALICE)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    patient = types.SimpleNamespace(**(vars(time) | {"sleep": lambda _: None}))  # of the clients, not of the Hub
+    for module in ("huggingface_hub.utils._http", "hf_compress.hub"):
+        monkeypatch.setattr(f"{module}.time", patient)
     return hub
 
 
