@@ -31,7 +31,8 @@ model, info = kind.from_pretrained(place, output_loading_info=True)
 assert not any(info.values()), info
 ids = torch.randint(5, model.config.vocab_size, (2, 12))
 with torch.no_grad(): logits = model(ids).logits.float()
-said = transformers.pipeline(task, place)("The film was", **({"max_new_tokens": 8, "do_sample": False} if "gen" in task else {}))
+options = {"max_new_tokens": 8, "do_sample": False} if "generation" in task else {}
+said = transformers.pipeline(task, place)("The film was", **options)
 print("ANSWER" + json.dumps([logits.flatten()[:5000].tolist(), said]))
 """
 
