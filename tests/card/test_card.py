@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -43,15 +44,17 @@ def leaves(value: Any) -> Iterator[str]:
         yield value
 
 
-def moved(value: Any, by: int) -> Any:
-    """Every number another one."""
+def moved(value: Any, by: int, turn: Iterator[int] | None = None) -> Any:
+    """Every number another one, each by a factor of its own, so that ratios change too."""
+    turn = turn or itertools.count()
     if isinstance(value, dict):
-        return {key: moved(inner, by) for key, inner in value.items()}
+        return {key: moved(inner, by, turn) for key, inner in value.items()}
     if isinstance(value, list):
-        return [moved(inner, by) for inner in value]
+        return [moved(inner, by, turn) for inner in value]
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
-    return value * by + 700_001 if isinstance(value, int) else value * (by + 0.371) + 0.0113 * by
+    factor = by + next(turn) % 11
+    return value * factor + 700_001 if isinstance(value, int) else value * (factor + 0.371) + 0.0113 * by
 
 
 def typed_in(facts: dict[str, Any]) -> set[str]:

@@ -45,6 +45,13 @@ def online(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
+@pytest.fixture
+def trusted(online: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """As `online`, for folders the pipeline has just verified: not opened once more in a process of their own."""
+    monkeypatch.setattr("hf_compress.hub.verify", lambda folder: {str(folder): {}})
+    return online
+
+
 Fresh = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -86,8 +86,8 @@ def test_private_is_private(api: HfApi, fresh: Fresh) -> None:
 
 def test_cards_are_checked(api: HfApi) -> None:
     ModelCard("---\nlicense: mit\n---\n# x").validate()
-    for wrong in ("license: nice", "license: other", "base_model: ../x", "model-index: [{name: x, results: [{}]}]"):
-        with pytest.raises(ValueError, match=r"license|no Hub id|results"):
+    for wrong in ("license: nice", "license: other", "base_model: ../x", "pipeline_tag: dreams"):
+        with pytest.raises(ValueError, match=r"license|no Hub id|pipeline_tag"):
             ModelCard(f"---\n{wrong}\n---\n# x").validate()
     with pytest.raises(ValueError, match="Invalid metadata"):
         add(api, "---\nlicense: nice\n---\n", "README.md")
