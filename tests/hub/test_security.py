@@ -105,19 +105,19 @@ def test_secrets_in_facts_and_environment(online: Hub, finished: Finished, monke
 
 
 def test_the_token_is_nowhere(
-    online: Hub, finished: Finished, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    trusted: Hub, finished: Finished, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = finished()
     with caplog.at_level("DEBUG"):
         publish(folder, "alice/small", say=print)
     written = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
-    sent = b"".join(blob.data for blob in online.repos["alice/small"].at("main").files.values())
+    sent = b"".join(blob.data for blob in trusted.repos["alice/small"].at("main").files.values())
     shown = capsys.readouterr()
     for text in (written, sent, (shown.out + shown.err + caplog.text).encode()):
         assert ALICE.encode() not in text
 
 
-def test_what_comes_down_cannot_run(online: Hub, finished: Finished) -> None:
+def test_what_comes_down_cannot_run(trusted: Hub, finished: Finished) -> None:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     publish(finished(), "alice/small")

@@ -52,13 +52,13 @@ def test_push_after_training(online: Hub, tmp_path: Path) -> None:
     assert (model.model.layers[0].mlp.up_proj.weight == 0).float().mean() > 0.4
 
 
-def test_push_while_training_and_at_its_end(online: Hub, tmp_path: Path) -> None:
+def test_push_while_training_and_at_its_end(trusted: Hub, tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 2, "hub_model_id": "alice/mine", "hub_always_push": True}
     ours = made(tmp_path / "out", push_to_hub=True, hub_strategy="every_save", **saves)
     save_tokenizer(tmp_path / "tok", WORDS)
     ours.train()
     ours.push_to_hub()
-    history = online.repos["alice/mine"].history("main")
+    history = trusted.repos["alice/mine"].history("main")
     said = [commit.message for commit in history]
     assert said == [
         "End of training",
