@@ -184,10 +184,13 @@ def _commit(
 
 
 def _may_pass(error: BaseException) -> bool:
-    """A server's own failure or a broken connection, also as the cause of the client's upload error."""
+    """A server's own failure or a broken connection, also as the cause of the client's upload error; hf_xet reports
+    both as plain RuntimeErrors."""
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and error.response.status_code >= 500
-    return isinstance(error, HTTPError) or (error.__cause__ is not None and _may_pass(error.__cause__))
+    if error.__cause__ is not None and isinstance(error, RuntimeError):
+        return _may_pass(error.__cause__)
+    return isinstance(error, HTTPError | RuntimeError)
 
 
 def _was_sent(error: BaseException) -> bool:
@@ -219,15 +222,16 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _of_status(error, where) from error
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else None
-        if isinstance(error, RuntimeError) and not _may_pass(error) and cause is None:
-            raise
+        if isinstance(error.__cause__, HfHubHTTPError):  # the client wraps what an upload of one file met
+            raise _of_status(error.__cause__, where) from error
         raise CompressError(
-            "the connection to the Hub failed and did not come back",
+            f"the connection to the Hub failed and did not come back: {str(error).splitlines()[0]}",
             where=where,
             next_step="nothing was changed unless all of it was; try again: what has arrived is not sent again",
         ) from error
-    except ValueError as error:  # the client's, of metadata that the Hub refused
+    except ValueError as error:
+        if "metadata" not in str(error):
+            raise
         raise CompressError(str(error), where=f"{where}: README.md", next_step="mend the card's metadata") from error
 
 

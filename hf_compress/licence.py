@@ -17,11 +17,11 @@ from hf_compress.source import ModelSource, local_path
 TEXTS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
-def inherit_licence(source: ModelSource, stated: str | None, folder: Path) -> dict[str, Any] | None:
-    """The licence of the result, and copies of the source's licence texts in `folder`; None when nobody says.
+def source_licence(source: ModelSource, stated: str | None) -> dict[str, Any] | None:
+    """The licence of what is made from `source`; None when nobody says. stated: the recipe's `license`.
 
-    Returns {"id", "name", "link": as in the source's card, None where it does not say; "files": names of the copied
-    texts; "origin": "source" or "recipe"}. stated: the recipe's `license`.
+    Returns {"id", "name", "link": as in the source's card, None where it does not say; "files": names of the texts
+    beside it; "origin": "source" or "recipe"}.
 
     Raises:
         CompressError: the recipe states another licence than the source does.
@@ -35,9 +35,6 @@ def inherit_licence(source: ModelSource, stated: str | None, folder: Path) -> di
             where="recipe: license",
             next_step="leave `license` out: the result inherits what the model says",
         )
-    for name in files:
-        assert place is not None
-        shutil.copyfile(place / name, folder / name)
     if not stated and not found and not files:
         return None
     return {
@@ -47,6 +44,13 @@ def inherit_licence(source: ModelSource, stated: str | None, folder: Path) -> di
         "files": files,
         "origin": "source" if found or files else "recipe",
     }
+
+
+def copy_texts(source: ModelSource, licence: dict[str, Any] | None, folder: Path) -> None:
+    """Put the source's licence texts beside the result."""
+    place = _texts(source)
+    for name in licence["files"] if licence is not None and place is not None else []:
+        shutil.copyfile(place / name, folder / name)
 
 
 def _texts(source: ModelSource) -> Path | None:

@@ -24,7 +24,7 @@ from hf_compress.errors import CompressError
 from hf_compress.evaluation import evaluate
 from hf_compress.evaluation.cost import machine_facts
 from hf_compress.hub import Published, publish
-from hf_compress.licence import inherit_licence
+from hf_compress.licence import copy_texts, source_licence
 from hf_compress.planning import require_possible
 from hf_compress.recipe import NamedStage, Recipe, parse
 from hf_compress.source import ModelSource, load_meta, load_model, read_config, task_of, weight_files
@@ -73,7 +73,7 @@ def compress(
             "the output folder exists", where=str(output), next_step="choose another --output, or pass --overwrite"
         )
     config = read_config(recipe.model)
-    task = task_of(recipe.model, config)
+    task, licence = task_of(recipe.model, config), source_licence(recipe.model, recipe.license)
     room = output.parent / f".{output.name}.work"
     room.mkdir(parents=True, exist_ok=True)
     require_possible(recipe)
@@ -144,7 +144,7 @@ def compress(
         write_expectation(work.model, final)
     if "onnx" in extras:
         write_onnx_expectation(final)
-    licence = inherit_licence(recipe.model, recipe.license, final)
+    copy_texts(recipe.model, licence, final)
     write_hashes(final)
     facts: dict[str, Any] = {
         "name": recipe.name,

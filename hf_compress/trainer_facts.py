@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from hf_compress.blocks import block_profile
 from hf_compress.card import versions
-from hf_compress.licence import inherit_licence
+from hf_compress.licence import copy_texts, source_licence
 from hf_compress.source import ModelSource, task_of
 from hf_compress.verification import model_files
 
@@ -38,6 +38,8 @@ def trainer_facts(
     base = student.config._name_or_path or None
     there = base is not None and (Path(base).exists() or base.count("/") == 1)
     source = ModelSource(id=base) if there else ModelSource(config={})
+    licence = source_licence(source, license)
+    copy_texts(source, licence, folder)
     task = task_of(ModelSource(id=str(folder)), student.config)
     techniques = {type(t).__name__: t.facts() for t in trainer.techniques} if not in_progress else {}
     ran: dict[str, Any] = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
@@ -62,7 +64,7 @@ def trainer_facts(
         "trainer": type(trainer).__name__,
         "training_arguments": _arguments(trainer.args),
         "seed": trainer.args.seed,
-        "license": inherit_licence(source, license, folder),
+        "license": licence,
         "task": task,
         "base_model": base,
         "base_revision": getattr(student.config, "_commit_hash", None),

@@ -171,6 +171,15 @@ def test_bitsandbytes_is_refused_for_experts_by_coverage(
         compress(parse(decoder), tmp_path / "out")
 
 
+def test_another_licence_than_the_models_is_refused_before_any_work(
+    decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: llama3\n---\n")
+    monkeypatch.setattr(pipeline, "load_model", None)
+    with pytest.raises(CompressError, match="the recipe says 'mit', the model itself 'llama3'"):
+        compress(parse(decoder | {"license": "mit"}), tmp_path / "out")
+
+
 @pytest.mark.filterwarnings("ignore:Merge lora module")  # merging rounds again: that is what this recipe asks for
 def test_training_after_quantize_needs_and_takes_lora(decoder: dict[str, Any], tmp_path: Path) -> None:
     tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path / "model")
