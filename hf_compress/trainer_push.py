@@ -48,7 +48,7 @@ def write_trainer_card(trainer: CompressionTrainer, name: str | None, license: s
         raise CompressError(
             "masks and fake quantization are still at work: what would be saved is not what answers now",
             where="push_to_hub()",
-            next_step="call train() first; TrainingArguments(push_to_hub=True) pushes at its end",
+            next_step="call train() first",
         )
     if hasattr(trainer.model, "peft_config"):
         raise CompressError(
