@@ -55,8 +55,8 @@ def command(*words: str) -> str:
     from hf_compress import cli
 
     shown, code = io.StringIO(), 0
-    screens = mock.patch.object(cli.console, "file", shown), mock.patch.object(cli.errors, "file", shown)
-    with screens[0], screens[1], mock.patch.object(sys, "argv", ["hf-compress", *words]):
+    cli.console.file = cli.errors.file = shown
+    with mock.patch.object(sys, "argv", ["hf-compress", *words]):
         try:
             cli.main()
         except SystemExit as stop:
