@@ -1,4 +1,4 @@
-"""hf-compress: run, plan, evaluate, verify, card, list."""
+"""hf-compress: run, plan, evaluate, verify, card, publish, list."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -17,6 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from hf_compress.remeasure import Figure
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,13 +107,76 @@ def evaluate(
 
 
 @app.command()
-def verify(folder: FolderArgument) -> None:
-    """Open the folder in a fresh process without hf_compress and compare its answers with those recorded."""
+def verify(
+    folder: Annotated[str, typer.Argument(help="a folder that `hf-compress run` finished, or user/repo on the Hub")],
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit on the Hub")] = None,
+    remeasure: Annotated[bool, typer.Option(help="measure what the card says again (its data must be here)")] = False,
+    dense: Annotated[str | None, typer.Option(help="with --remeasure: the dense model, for KL and agreement")] = None,
+) -> None:
+    """Compare every file with its recorded hash, open the folder in a fresh process without hf_compress and compare
+    its answers with those recorded, and its card with its facts."""
+    from hf_compress.card import FACTS, differing_sections
+    from hf_compress.errors import CompressError
+    from hf_compress.hub import fetch
+    from hf_compress.remeasure import remeasure as measure
     from hf_compress.verification import verify as verify_folder
 
-    for key, value in verify_folder(folder)[str(folder)].items():
-        console.print(f"{key}: {value}")
+    repo = None if Path(folder).exists() or folder.count("/") != 1 else folder
+    path = fetch(repo, revision=revision) if repo else Path(folder)
+    for key, value in verify_folder(path)[str(path)].items():
+        console.print(f"{key}: {value}", markup=False)
+    if (path / FACTS).exists() and (wrong := differing_sections(path, repo=repo)):
+        raise CompressError(
+            f"the card does not say what {FACTS} says: {', '.join(wrong)}",
+            where=str(path / "README.md"),
+            next_step="do not trust its numbers; `hf-compress card FOLDER` writes it again",
+        )
+    if remeasure:
+        _compare(measure(path, dense=dense))
     console.print("ok: it opens without hf_compress and answers as recorded")
+
+
+def _compare(figures: list[Figure]) -> None:
+    from hf_compress.errors import CompressError
+
+    table = Table("of", "figure", box=box.SIMPLE_HEAD)
+    for name in ("on the card", "here", ""):
+        table.add_column(name, justify="right")
+    for f in figures:
+        table.add_row(f.artefact, f.name, f"{f.card:.6g}", f"{f.here:.6g}", "" if f.same else "differs")
+    console.print(table)
+    if not all(figure.same for figure in figures):
+        raise CompressError(
+            "the card's numbers are not what this machine finds",
+            where=", ".join(f"{f.artefact} {f.name}" for f in figures if not f.same),
+            next_step="compare the versions in the card with those here",
+        )
+
+
+@app.command()
+def publish(
+    folder: FolderArgument,
+    repo: Annotated[str, typer.Argument(help="where to: user/name or organisation/name")],
+    private: Annotated[bool, typer.Option(help="make a new repository private")] = False,
+    revision: Annotated[str | None, typer.Option(help="branch to commit to, made when there is none")] = None,
+    create_pr: Annotated[bool, typer.Option(help="open a pull request instead of committing to main")] = False,
+) -> None:
+    """Verify the folder and commit it to the Hub in one piece. Interrupted? The same command sends what is missing.
+    Log in first with `hf auth login`, or set HF_TOKEN."""
+    from hf_compress.hub import publish as publish_folder
+
+    done = publish_folder(
+        folder,
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        say=lambda text: console.print(f"[bold]> {escape(text)}[/bold]"),
+    )
+    if not done.changed:
+        console.print(f"nothing to upload: {done.repo} holds all of it already (commit {done.commit})", markup=False)
+    else:
+        console.print(f"published: {done.pull_request or f'{done.repo}, commit {done.commit}'}", markup=False)
 
 
 @app.command()

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,27 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import hf_compress
 from hf_compress.backends import backends
-from hf_compress.card import FACTS, read_facts, write_card
+from hf_compress.blocks import block_profile
+from hf_compress.card import FACTS, read_facts, save_facts, versions, write_card
 from hf_compress.data import peek
 from hf_compress.errors import CompressError
 from hf_compress.evaluation import evaluate
 from hf_compress.evaluation.cost import machine_facts
+from hf_compress.hub import Published, publish
+from hf_compress.licence import copy_texts, source_licence
 from hf_compress.planning import require_possible
 from hf_compress.recipe import NamedStage, Recipe, parse
 from hf_compress.source import ModelSource, load_meta, load_model, read_config, task_of, weight_files
 from hf_compress.stages import Done, Work
-from hf_compress.verification import EXPECTATION, verify, write_expectation, write_onnx_expectation
-
-LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "compressed-tensors")
+from hf_compress.verification import (
+    EXPECTATION,
+    model_files,
+    verify,
+    write_expectation,
+    write_hashes,
+    write_onnx_expectation,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,10 @@ class Result:
 
     folder: Path
     facts: dict[str, Any]
+
+    def push_to_hub(self, repo: str, **options: Any) -> Published:
+        """``compress(recipe, "out").push_to_hub("user/small", private=True)``: as `hf_compress.hub.publish`."""
+        return publish(self.folder, repo, **options)
 
 
 def compress(
@@ -63,7 +73,7 @@ def compress(
             "the output folder exists", where=str(output), next_step="choose another --output, or pass --overwrite"
         )
     config = read_config(recipe.model)
-    task = task_of(recipe.model, config)
+    task, licence = task_of(recipe.model, config), source_licence(recipe.model, recipe.license)
     room = output.parent / f".{output.name}.work"
     room.mkdir(parents=True, exist_ok=True)
     require_possible(recipe)
@@ -85,7 +95,7 @@ def compress(
         del model
     extras, records, places = dict[str, Path](), list[dict[str, Any]](), {"source": str(checkpoint)}
     places["dense"] = places["source"]
-    quantized = ""
+    quantized, floating = "", checkpoint
     model_now: PreTrainedModel | None = None
     for index, named in enumerate(recipe.stages):
         finished = _Finished.stage(room, recipe, index)
@@ -117,6 +127,7 @@ def compress(
         record = finished.record
         records.append(record)
         checkpoint, quantized = finished.checkpoint, record["quantized"] or quantized
+        floating = floating if quantized else checkpoint
         extras |= {name: finished.folder / name for name in record["extras"]}
         places[named.name] = str(checkpoint)
         if named.name == recipe.baseline:
@@ -133,19 +144,25 @@ def compress(
         write_expectation(work.model, final)
     if "onnx" in extras:
         write_onnx_expectation(final)
+    copy_texts(recipe.model, licence, final)
+    write_hashes(final)
     facts: dict[str, Any] = {
         "name": recipe.name,
         "command": command,
         "recipe": recipe.raw,
         "seed": recipe.seed,
-        "license": recipe.license,
+        "license": licence,
         "task": task,
         "base_model": recipe.model.id,
+        "base_revision": getattr(config, "_commit_hash", None) or recipe.model.revision,
         "source_bytes": sum(file.stat().st_size for file in files) or None,
         "datasets": [recipe.data.id] if recipe.data else [],
         "stages": records,
+        "files": model_files(final),
+        "blocks": _blocks(final, floating, task, records),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine_facts(),
-        "versions": {"hf_compress": hf_compress.__version__} | {name: version(name) for name in LIBRARIES},
+        "versions": versions(),
         "container": _container(recipe),
         "evaluation": None,
     }
@@ -160,7 +177,7 @@ def compress(
     else:
         say("larger than this machine's memory: neither measured nor opened")
         facts["verify"] = None
-    _save_facts(facts, final / FACTS)
+    save_facts(facts, final / FACTS)
     write_card(final)
     if output.exists():
         shutil.rmtree(output)
@@ -182,9 +199,19 @@ def measure_again(folder: Path, dense: str) -> dict[str, Any]:
         raise CompressError("the recipe measures nothing", where=str(folder), next_step="add an evaluate: section")
     found = evaluate(folder, dense, spec=recipe.evaluate, data=recipe.data, task=facts["task"], seed=recipe.seed)
     facts |= {"evaluation": found, "machine": found["machine"]}
-    _save_facts(facts, folder / FACTS)
+    save_facts(facts, folder / FACTS)
     write_card(folder)
     return facts
+
+
+def _blocks(final: Path, floating: Path, task: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bits a weight of each block as it ships; zeros as the last stage with floating weights left them."""
+    pruned = any(r["kind"] == "prune" or "Pruning" in r["facts"].get("techniques", {}) for r in records)
+    found = block_profile(final, task, zeros=False)
+    if pruned:
+        for entry, before in zip(found, block_profile(floating, task, zeros=True), strict=True):
+            entry["zeros"] = before["zeros"]
+    return found
 
 
 def _plain(source: ModelSource, files: list[Path]) -> bool:
@@ -269,13 +296,6 @@ class _Finished:
                 tokenizer.save_pretrained(made / "checkpoint")
         for name, folder in done.extras.items():
             folder.rename(made / name)
-        _save_facts(record, made / "record.json")
+        save_facts(record, made / "record.json")
         made.rename(self.folder)
         shutil.rmtree(running)
-
-
-def _save_facts(facts: dict[str, Any], path: Path) -> None:
-    """Write JSON through a temporary sibling, so that a full disk leaves no half file under the final name."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(facts, indent=2))
-    temporary.rename(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from hf_compress.errors import CompressError
 from hf_compress.weights import weights
 
 EXPECTATION = "verify/expectation.safetensors"
+HASHES = "verify/SHA256SUMS"
+SCRATCH = ("_", "checkpoint-", "training_args.bin", "trainer_state.json", "runs/", "hub-step/")  # a Trainer's own
+RENDERED = ("README.md", "recipe.yaml", "hf_compress.json", "plots/", ".eval_results/")  # made again from the facts
 TOLERANCE = 1e-3  # of the largest logit: another process may sum in another order
 
 _CHILD = Path(__file__).with_name("reload_check.py")
@@ -50,6 +54,44 @@ def write_onnx_expectation(folder: Path) -> None:
     save_file(expected | {"onnx_logits": torch.from_numpy(got)}, folder / EXPECTATION)
 
 
+def model_files(folder: Path) -> list[str]:
+    """Relative paths of what makes up the model: all but what is made from the facts, and a Trainer's scratch."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return [name for name in names if name != HASHES and not name.startswith((*RENDERED, *SCRATCH))]
+
+
+def write_hashes(folder: Path) -> None:
+    """Record the SHA-256 of every file that makes up the model, as ``sha256sum -c verify/SHA256SUMS`` reads them."""
+    (folder / HASHES).parent.mkdir(exist_ok=True)
+    (folder / HASHES).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in model_files(folder)))
+
+
+def changed_files(folder: Path) -> list[str]:
+    """What is not as it was saved, in words; [] when all is, or when no hashes were recorded.
+
+    A weight file that was not there then counts too.
+    """
+    if not (folder / HASHES).is_file():
+        return []
+    lines = (line.split("  ", 1) for line in (folder / HASHES).read_text().splitlines())
+    recorded = {name: digest for digest, name in lines}
+    inside = {name: not Path(name).is_absolute() and ".." not in Path(name).parts for name in recorded}
+    wrong = [f"{name}: its record leads out of the folder" for name, within in inside.items() if not within]
+    for name, digest in recorded.items():
+        if inside[name] and not (folder / name).is_file():
+            wrong.append(f"{name} is missing")
+        elif inside[name] and sha256(folder / name) != digest:
+            wrong.append(f"{name} has changed since it was saved")
+    added = {p.name for p in folder.glob("*.safetensors")} - recorded.keys()
+    return wrong + [f"{name} was not there when it was saved" for name in sorted(added)]
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, (2, 16); the second row ends in padding."""
     ids = torch.randint(5, vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -61,9 +103,9 @@ def _probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def verify(*folders: str | Path, tolerance: float = TOLERANCE) -> dict[str, dict[str, Any]]:
     """``verify("out")``: open each folder in one fresh process where importing hf_compress fails; folder -> facts.
 
-    Checks: plain from_pretrained with the class the config names; no missing, unexpected or mismatched key; no pickle
-    file; finite logits within `tolerance` of the largest, of what the model in memory gave; zeros still zero; ties
-    still tied; generate works; ONNX opens and agrees.
+    Checks: every file as its recorded hash says; plain from_pretrained with the class the config names; no missing,
+    unexpected or mismatched key; no pickle file; finite logits within `tolerance` of the largest, of what the model in
+    memory gave; zeros still zero; ties still tied; generate works; ONNX opens and agrees.
 
     Raises:
         CompressError: naming every problem found.
@@ -76,6 +118,13 @@ def verify(*folders: str | Path, tolerance: float = TOLERANCE) -> dict[str, dict
                     where=str(folder),
                     next_step="verify takes what `hf-compress run`, compress() or quantize() wrote",
                 )
+    changed = [f"{folder}: {problem}" for folder in folders for problem in changed_files(Path(folder))]
+    if changed:
+        raise CompressError(
+            "files are not as they were saved",
+            where="; ".join(changed),
+            next_step="copy or download the folder again; if you changed it on purpose, make it again",
+        )
     done = subprocess.run(
         [sys.executable, "-P", str(_CHILD), str(tolerance), *map(str, folders)], capture_output=True, text=True
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_compress import pipeline
-from hf_compress.card import _without_folders, render_card
+from hf_compress.card import render_card, without_folders
 from hf_compress.errors import CompressError
 from hf_compress.pipeline import compress, measure_again
 from hf_compress.planning import plan
@@ -169,6 +169,15 @@ def test_bitsandbytes_is_refused_for_experts_by_coverage(
     monkeypatch.setattr(pipeline, "load_model", None)  # refused before a weight is read
     with pytest.raises(CompressError, match=r"below min_coverage.*stacked experts"):
         compress(parse(decoder), tmp_path / "out")
+
+
+def test_another_licence_than_the_models_is_refused_before_any_work(
+    decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: llama3\n---\n")
+    monkeypatch.setattr(pipeline, "load_model", None)
+    with pytest.raises(CompressError, match="the recipe says 'mit', the model itself 'llama3'"):
+        compress(parse(decoder | {"license": "mit"}), tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora module")  # merging rounds again: that is what this recipe asks for
@@ -504,7 +513,7 @@ def test_every_number_of_the_card_comes_from_the_facts(decoder: dict[str, Any], 
         other = json.loads(json.dumps(facts))
         change(other["evaluation"]["artefacts"], path, 123456789.0)
         assert render_card(other) != card, path
-    template = (Path(pipeline.__file__).parent / "card_template.md").read_text()
+    template = (Path(pipeline.__file__).parent / "card" / "template.md").read_text()
     assert not re.findall(r"\d", re.sub(r"\{%.*?%\}|\{:\.\d[%e]\}", "", template))
 
 
@@ -516,8 +525,10 @@ def test_cards_do_not_say_where_things_lay(decoder: dict[str, Any], tmp_path: Pa
     assert str(tmp_path.parent) not in card
     assert "--output out" in card
     assert "reviews.csv" in card
-    kept = {"a": ["package://p/data/x.csv", "org/name", "../models/x", "a/b of c/d"], "b": 1}
-    assert _without_folders(kept) == kept
+    kept = {"a": ["package://p/data/x.csv", "org/name", "a/b of c/d", "1 / 2", "x://h//p"], "b": 1}
+    assert without_folders(kept) == kept
+    told = ["../models/x", "~/m", "./a/b", "--out=/x", "/home/me/.cache/x"]
+    assert without_folders(told) == ["x", "m", "b", "--out=x", "x"]
 
 
 def test_hostile_names_stay_text(decoder: dict[str, Any], tmp_path: Path) -> None:

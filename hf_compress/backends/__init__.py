@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.coverage import Coverage
 from hf_compress.errors import CompressError
 from hf_compress.registry import Registry
-from hf_compress.verification import write_expectation
+from hf_compress.verification import write_expectation, write_hashes
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def quantize(
     try:
         written = entry.value(model, tokenizer, part, bits=bits, group_size=group_size, **options, **chosen)
         write_expectation(written.model, part)
+        write_hashes(part)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

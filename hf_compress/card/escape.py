@@ -1,0 +1,31 @@
+"""Text from outside inside Markdown: it stays text, whatever it holds."""
+
+from __future__ import annotations
+
+import re
+
+
+def text(value: object) -> str:
+    """One line of plain text: no HTML, no table bars, no links, no line breaks."""
+    return re.sub(r"([\\`*\[\]<>|#~&!]|(?<!\w)_|_(?!\w))", lambda m: f"&#{ord(m[1])};", one_line(value))
+
+
+def code(value: object) -> str:
+    """An inline code span, whatever backticks are inside."""
+    line = one_line(value)
+    fence = "`" * (longest_run(line) + 1)
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
+def fence_for(block: str) -> str:
+    """A fence that nothing inside `block` closes."""
+    return "`" * max(3, longest_run(block) + 1)
+
+
+def one_line(value: object) -> str:
+    """Without line breaks, and without what begins an HTML comment: the card's own marks are comments."""
+    return " ".join(str(value).split()).replace("<!--", "<! --")
+
+
+def longest_run(value: str) -> int:
+    return max(map(len, re.findall("`+", value)), default=0)

@@ -1,0 +1,138 @@
+"""Facts -> Markdown: the whole card as if nobody had written into it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import yaml
+
+from hf_compress.card.citations import bibtex
+from hf_compress.card.comparison import comparison
+from hf_compress.card.escape import code, fence_for, one_line, text
+from hf_compress.card.facts import without_folders
+from hf_compress.card.metadata import HUB_ID, METRICS, metadata, root_of
+from hf_compress.card.snippets import snippets
+
+HERE = "."  # the place that snippets load from while the model is not on the Hub
+
+
+def render_card(facts: dict[str, Any], *, repo: str | None = None, plots: Collection[str] = ()) -> str:
+    """Markdown with the Hub's YAML front matter. Text from the recipe is escaped, so that a name cannot break out of
+    its place. repo: where it is published; plots: which were drawn."""
+    facts = without_folders(facts)
+    place = repo if repo and HUB_ID.fullmatch(repo) else HERE
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters |= {"text": text, "code": code, "line": one_line, "url": quote}
+    facts = {"in_progress": None} | facts
+    template = environment.from_string((Path(__file__).parent / "template.md").read_text())
+    recipe = dump_recipe(facts)
+    card = template.render(
+        front=yaml.safe_dump(metadata(facts), sort_keys=False),
+        facts=facts,
+        gist=_gist(facts),
+        table=comparison(facts["evaluation"]),
+        recipe="" if "<!--" in recipe else recipe,  # it would be taken for one of the card's own marks
+        fence=fence_for(recipe),
+        stages=list(zip(facts["stages"], _options(facts), strict=True)),
+        trained=any(s["kind"] == "train" for s in facts["stages"]),
+        few=_few(facts),
+        timed="latency" in root_of(facts),
+        smaller_than_source=_against_source(facts),
+        masked=_masked(facts),
+        no_gain=_no_gain(facts),
+        onnx=any(s["kind"] == "export" for s in facts["stages"]),
+        plots=plots,
+        drawable=importlib.util.find_spec("matplotlib") is not None,
+        snippets=snippets(facts, place=place),
+        place=place,
+        last_evaluation=_last_evaluation(facts),
+        selection=_selection(facts),
+        bibtex=bibtex(facts),
+    )
+    return re.sub(r"\n{3,}", "\n\n", card.lstrip("\n"))
+
+
+def dump_recipe(facts: dict[str, Any]) -> str:
+    """The recipe (of a script: its TrainingArguments) as YAML, without the folders of the maker's machine."""
+    known = facts.get("recipe") or facts.get("training_arguments") or {}
+    return yaml.safe_dump(without_folders(known), sort_keys=False, allow_unicode=True)
+
+
+def _gist(facts: dict[str, Any]) -> str:
+    """The second sentence: how small, how good."""
+    root = root_of(facts)
+    dense = facts["evaluation"]["artefacts"]["dense"] if facts["evaluation"] else {}
+    said = []
+    if "bytes" in root:
+        said.append(f"Its weights take {root['bytes'] / 1e6:.1f} MB, the dense model's {dense['bytes'] / 1e6:.1f} MB")
+    for metric, form in zip(METRICS, ("{:.2%}", "{:.2f}"), strict=True):
+        if metric in root:
+            ours, theirs = (form.format(x[metric]["value"]) for x in (root, dense))
+            said.append(f"{'its ' if said else 'Its '}{metric} is {ours}, the dense model's {theirs}")
+    return "; ".join(said) + "." if said else "Its answers were compared with the model in memory only."
+
+
+def _against_source(facts: dict[str, Any]) -> str:
+    """Bytes against the source's own files where these are not the dense model of the table (FP8, GGUF); else ""."""
+    root = root_of(facts)
+    source, dense = facts.get("source_bytes"), facts["evaluation"] and facts["evaluation"]["artefacts"]["dense"]
+    if not source or "bytes" not in root or abs(source / dense["bytes"] - 1) < 0.01:
+        return ""
+    return f"{source / 1e6:.1f} MB, so this folder's are {source / root['bytes']:.2f}x smaller than those."
+
+
+def _options(facts: dict[str, Any]) -> list[str]:
+    """Each stage's options as the recipe gives them, on one line; nothing for a script's."""
+    entries = (facts.get("recipe") or {}).get("stages") or [None] * len(facts["stages"])
+    return [_one_line_options(entry) for entry in entries]
+
+
+def _one_line_options(entry: Any) -> str:
+    options = next((v for k, v in entry.items() if k != "name"), None) if isinstance(entry, dict) else None
+    return yaml.safe_dump(options, default_flow_style=True, sort_keys=False, width=10**6).strip() if options else ""
+
+
+def _few(facts: dict[str, Any]) -> int | None:
+    """How many rows quality was measured on, when too few to tell."""
+    root = root_of(facts)
+    rows: int | None = next((root[name]["n"] for name in METRICS if name in root), None)
+    return rows if rows is not None and rows < 30 else None
+
+
+def _last_evaluation(facts: dict[str, Any]) -> str:
+    """What the Trainer logged last of its evaluation set, where nothing was measured against the dense model."""
+    logs = [entry for s in facts["stages"] for entry in s["facts"].get("log", []) if "eval_loss" in entry]
+    if facts["evaluation"] or not logs:
+        return ""
+    quiet = ("_runtime", "_per_second")
+    kept = {k: v for k, v in logs[-1].items() if k.startswith("eval_") and not k.endswith(quiet)}
+    return ", ".join(f"{key} {value:.4g}" for key, value in kept.items()) + f" at step {logs[-1]['step']}"
+
+
+def _masked(facts: dict[str, Any]) -> bool:
+    return any(s["kind"] == "prune" or "Pruning" in (s["facts"].get("techniques") or {}) for s in facts["stages"])
+
+
+def _no_gain(facts: dict[str, Any]) -> bool:
+    """Nothing was removed for real, and the container brings transformers no kernel."""
+    cut = any(s["kind"] == "shrink" for s in facts["stages"])
+    return not cut and (facts["container"] is None or facts["container"]["speed"].startswith("no gain"))
+
+
+def _selection(facts: dict[str, Any]) -> str:
+    """Which rows of the dataset: its configuration and filter."""
+    data = (facts.get("recipe") or {}).get("data") or {}
+    parts = [str(data["config"])] if data.get("config") else []
+    return ", ".join([*parts, *(f"{column} = {value}" for column, value in (data.get("filter") or {}).items())])

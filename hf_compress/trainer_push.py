@@ -1,0 +1,109 @@
+"""How a CompressionTrainer reaches the Hub: with our card, verified at the end, without the optimizer's pickles."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
+
+from hf_compress.card import FACTS, save_facts, write_card
+from hf_compress.errors import CompressError
+from hf_compress.hub import Published, publish
+from hf_compress.trainer_facts import trainer_facts
+from hf_compress.verification import write_expectation, write_hashes
+
+if TYPE_CHECKING:
+    from hf_compress.trainer import CompressionTrainer
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Raise a CompressError for what publishing from a Trainer does not do, before training."""
+    if args.hub_token:
+        raise CompressError(
+            "a token in TrainingArguments ends up in files and logs",
+            where="TrainingArguments.hub_token",
+            next_step="leave it out and log in with `hf auth login`, or set HF_TOKEN",
+        )
+    if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise CompressError(
+            "whole checkpoints are not published: the optimizer's state is a pickle",
+            where="TrainingArguments.hub_strategy",
+            next_step='use "end" or "every_save"; checkpoints stay in output_dir, where training resumes from',
+        )
+
+
+def write_trainer_card(trainer: CompressionTrainer, name: str | None, license: str | None, dataset: Any) -> None:
+    """README.md and hf_compress.json of the model in output_dir, with what it answers now and hashes of its files.
+
+    Raises:
+        CompressError: training with techniques has not ended; adapters that are not merged.
+    """
+    folder = Path(trainer.args.output_dir)
+    if trainer.techniques and not trainer._trained:
+        raise CompressError(
+            "masks and fake quantization are still at work: what would be saved is not what answers now",
+            where="push_to_hub()",
+            next_step="call train() first",
+        )
+    if hasattr(trainer.model, "peft_config"):
+        raise CompressError(
+            "adapters alone are no compressed model",
+            where="push_to_hub()",
+            next_step="trainer.model = trainer.model.merge_and_unload(), then push",
+        )
+    write_expectation(trainer._student, folder)
+    datasets = [dataset] if isinstance(dataset, str) else dataset or []
+    facts = trainer_facts(trainer, folder, name=name or folder.absolute().name, license=license, datasets=datasets)
+    save_facts(facts, folder / FACTS)
+    write_hashes(folder)
+    write_card(folder)
+
+
+def push_final(
+    trainer: CompressionTrainer, repo: str, *, message: str, revision: str | None, private: bool | None, blocking: bool
+) -> Any:
+    """Verify output_dir and publish it: a `Published`, or a Future of one when not blocking."""
+    arguments: dict[str, Any] = {
+        "folder": trainer.args.output_dir,
+        "repo": repo,
+        "private": bool(private),
+        "revision": revision,
+        "message": message,
+    }
+    return publish(**arguments) if blocking else HfApi().run_as_future(publish, **arguments)
+
+
+def push_step(trainer: CompressionTrainer, checkpoint: Path) -> PushInProgress:
+    """Publish a checkpoint's model in the background, with a card that says training goes on; not verified.
+
+    Its files are copied first, since the Trainer may delete the checkpoint meanwhile.
+    """
+    step = Path(trainer.args.output_dir) / "hub-step"
+    shutil.rmtree(step, ignore_errors=True)
+    step.mkdir(parents=True)
+    for pattern in ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"):
+        for file in checkpoint.glob(pattern):
+            if file.name != "trainer_state.json":
+                shutil.copyfile(file, step / file.name)
+    repo = trainer.hub_model_id
+    assert repo is not None
+    facts = trainer_facts(trainer, step, name=repo.split("/")[-1], in_progress=True)
+    save_facts(facts, step / FACTS)
+    write_card(step, repo=repo)
+
+    def push() -> Published:
+        return publish(
+            step,
+            repo,
+            private=bool(trainer.args.hub_private_repo),
+            revision=trainer.args.hub_revision,
+            message=f"Training in progress, step {facts['in_progress']}",
+            check=False,
+        )
+
+    return PushInProgress([HfApi().run_as_future(push)])
