@@ -46,7 +46,7 @@ def classifier(tmp_path: Path) -> dict[str, Any]:
             {
                 "name": "distil",
                 "train": {
-                    "distill": {"teacher_model": "dense", "layer_map": [0, 2], "hidden_weight": 0.5},
+                    "distill": {"teacher_model": "dense", "layer_map": [0, 2], "features": {"hidden_mse": 0.5}},
                     "args": dict(ARGS),
                 },
             },

@@ -1,0 +1,205 @@
+"""Losses from hidden states and the head's weight, so that no (batch, positions, vocabulary) tensor ever exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.errors import CompressError
+from hf_compress.techniques.soft_targets import Objective, chunks_of
+from hf_compress.weights import base_of
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap tanh(scale (W x + b) / cap), without the tanh where cap is None."""
+
+    module: nn.Linear
+    scale: float = 1.0
+    cap: float | None = None
+
+    def shape_of(self, logits: Tensor) -> Tensor:
+        """What the model does with the head's output, in place."""
+        if self.scale != 1:
+            logits = logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(rows, width) -> (rows, vocabulary) fp32; the product is in the weight's dtype."""
+        return self.shape_of(F.linear(hidden, weight, bias).float())
+
+
+def head_of(model: nn.Module) -> Head:
+    """The language-model head, once what the model does with its output is known for sure.
+
+    Raises:
+        CompressError: no linear head, one with adapters or packed weights, or logits that are changed in a way not
+        known here.
+    """
+    base = base_of(model)
+    module = base.get_output_embeddings()
+    if type(module) is not nn.Linear or not module.weight.is_floating_point():
+        adapted = hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
+        raise CompressError(
+            "the head has adapters, so its logits are not one matrix times hidden states"
+            if adapted
+            else f"the head is a {type(module).__name__}, not a plain nn.Linear",
+            where="distill.chunked",
+            next_step="leave lm_head out of the adapters' modules, or set chunked: false",
+        )
+    config: Any = base.config.get_text_config()
+    scales = [1.0]
+    for name, invert in (("logit_scale", False), ("logits_scaling", True), ("logits_scaling", False)):
+        number = getattr(config, name, None)
+        if number:
+            scales.append(1 / number if invert else number)
+    cap = getattr(config, "final_logit_softcapping", None)
+    given, found = _probe(base, module)
+    for scale in scales:
+        for limit in (None, cap):
+            head = Head(module, scale, limit)
+            if torch.allclose(head.shape_of(given.float().clone()), found.float(), rtol=2e-2, atol=1e-2):
+                return head
+    raise CompressError(
+        f"{type(base).__name__} changes its logits after the head in a way that is not known here",
+        where="distill.chunked",
+        next_step="set chunked: false",
+    )
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, module: nn.Linear) -> tuple[Tensor, Tensor]:
+    """What comes out of the model when its head answers with known numbers: (vocabulary,) before and after."""
+    device, training = module.weight.device, model.training
+    given = torch.linspace(-40, 40, module.out_features, device=device).to(module.weight.dtype)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    model.eval()
+    try:
+        with head_stands_in(module, lambda x: given.expand(*x.shape[:-1], -1).clone()):
+            more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+            found: Tensor = model(input_ids=ids, **more).logits
+    finally:
+        model.train(training)
+    return given, found[0, -1]
+
+
+@contextmanager
+def head_stands_in(module: nn.Module, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the head's forward is `compute`; its hooks still fire, and so do those of every wrapper around it."""
+    before = module.__dict__.get("forward")
+    module.forward = compute
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+@torch.no_grad()
+def hidden_of(model: nn.Module, module: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """What reaches the model's head, (batch, positions, width), the head itself not run."""
+    caught: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        caught.append(x)
+        return x[..., :1]
+
+    with head_stands_in(module, keep):
+        model(**inputs)
+    return caught[0]
+
+
+def rows_through(head: Head, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+    """fp32 logits of rows of a teacher's hidden states (batch, positions, width)."""
+    flat = hidden.flatten(0, -2)
+    given, offset = head.module.weight, head.module.bias
+    dtype = _product_dtype(given)
+    weight, bias = given.to(dtype), None if offset is None else offset.to(dtype)
+
+    def logits(rows: Tensor) -> Tensor:
+        with torch.autocast(flat.device.type, enabled=False):
+            return head.logits(flat[rows].to(dtype), weight, bias)
+
+    return logits
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def chunked_loss(
+    head: Head, hidden: Tensor, rows: Tensor, objective: Objective, size: int | None
+) -> tuple[Tensor, Tensor]:
+    """(total, sums) of an objective over `rows` of hidden states (batch, positions, width); see `Objective`."""
+    found: tuple[Tensor, Tensor] = _FromHidden.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, -2), head.module.weight, head.module.bias, head, rows, objective, size
+    )
+    return found
+
+
+class _FromHidden(torch.autograd.Function):
+    """Each chunk of positions is multiplied with the head once for its logits, and its gradient once for the hidden
+    states and once for the weight: in forward, so that nothing of the vocabulary's size is kept but the weight's
+    gradient, which is summed in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        rows: Tensor,
+        objective: Objective,
+        size: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = _product_dtype(weight)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        with torch.autocast(hidden.device.type, enabled=False):
+            whole, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+            need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+            sums = torch.zeros(4, device=hidden.device)
+            grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+            grad_weight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
+            grad_bias = torch.zeros(len(weight), device=weight.device) if need_bias else None
+            for part in chunks_of(rows, len(weight), size):
+                x = hidden[part].to(dtype)
+                logits = head.logits(x, whole, offset)
+                more, slope = objective(logits, part)
+                sums += more
+                if slope is None or not any(ctx.needs_input_grad[:3]):
+                    continue
+                if head.cap is not None:
+                    slope.mul_(1 - (logits / head.cap).square_())
+                slope = slope.mul_(head.scale) if head.scale != 1 else slope
+                if grad_bias is not None:
+                    grad_bias += slope.sum(0)
+                slope = slope.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = (slope @ whole).to(hidden.dtype)
+                if grad_weight is not None:
+                    if dtype == torch.float32:
+                        grad_weight.addmm_(slope.T, x)
+                    else:
+                        grad_weight += slope.T @ x
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(sums)
+        return objective.soft_weight * sums[1] + objective.task_weight * sums[0], sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        of_weight, of_bias = ctx.dtypes
+        # in place: a second copy of the weight's gradient would be the largest tensor of the step
+        weight = None if weight is None else weight.mul_(grads[0]).to(of_weight)
+        bias = None if bias is None else (bias * grads[0]).to(of_bias)
+        return None if hidden is None else hidden * grads[0], weight, bias, None, None, None, None
