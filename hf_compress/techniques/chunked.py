@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import CompressError
-from hf_compress.techniques.soft_targets import Objective, chunks_of
+from hf_compress.techniques.soft_targets import BLOCK_BYTES, Objective, Online, rows_in
 from hf_compress.weights import base_of
+
+CHUNK_BYTES = 64 * 2**20  # of one fp32 (positions, vocabulary) buffer: rows enough to be worth reading a weight for
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,11 @@ class Head:
             logits = logits.mul_(self.scale)
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(rows, width) -> (rows, vocabulary) fp32; the product is in the weight's dtype."""
-        return self.shape_of(F.linear(hidden, weight, bias).float())
+    def slope_of(self, logits: Tensor, slope: Tensor) -> Tensor:
+        """From d loss / d logits to d loss / d what the head gave, in place."""
+        if self.cap is not None:
+            slope = slope.mul_(1 - (logits / self.cap).square_())
+        return slope.mul_(self.scale) if self.scale != 1 else slope
 
 
 def head_of(model: nn.Module) -> Head:
@@ -117,23 +120,31 @@ def hidden_of(model: nn.Module, module: nn.Module, inputs: dict[str, Any]) -> Te
     return caught[0]
 
 
-def rows_through(head: Head, hidden: Tensor) -> Callable[[Tensor], Tensor]:
-    """fp32 logits of rows of a teacher's hidden states (batch, positions, width)."""
-    flat = hidden.flatten(0, -2)
-    given, offset = head.module.weight, head.module.bias
-    dtype = _product_dtype(given)
-    weight, bias = given.to(dtype), None if offset is None else offset.to(dtype)
-
-    def logits(rows: Tensor) -> Tensor:
-        with torch.autocast(flat.device.type, enabled=False):
-            return head.logits(flat[rows].to(dtype), weight, bias)
-
-    return logits
+def online(head: Head, hidden: Tensor, weight: float = 1.0) -> Online:
+    """The teacher that has `head`, of whose forward `hidden` (batch, positions, width) is left."""
+    product, flat = _Product(head.module.weight.detach(), head.module.bias), hidden.flatten(0, -2)
+    return Online(lambda rows: product(flat[rows]), weight, head.shape_of)
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+class _Product:
+    """x W^T + b in the dtype that the model would compute it in, into one buffer that every chunk uses again."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        kind = weight.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        self.weight = weight.to(self.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self._buffer = weight.new_empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(rows, width) -> (rows, vocabulary); overwritten by the next call."""
+        if len(x) > len(self._buffer):
+            self._buffer = torch.empty(len(x), len(self.weight), dtype=self.dtype, device=x.device)
+        out = self._buffer[: len(x)]
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if self.bias is None:
+                return torch.mm(x.to(self.dtype), self.weight.T, out=out)
+            return torch.addmm(self.bias, x.to(self.dtype), self.weight.T, out=out)
 
 
 def chunked_loss(
@@ -144,6 +155,12 @@ def chunked_loss(
         hidden.flatten(0, -2), head.module.weight, head.module.bias, head, rows, objective, size
     )
     return found
+
+
+def _blocks(rows: int, classes: int, *, cpu: bool) -> list[slice]:
+    """Parts of a chunk that are computed at a time; on a GPU the whole of it."""
+    size = rows_in(BLOCK_BYTES, classes) if cpu else rows
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 class _FromHidden(torch.autograd.Function):
@@ -162,35 +179,37 @@ class _FromHidden(torch.autograd.Function):
         objective: Objective,
         size: int | None,
     ) -> tuple[Tensor, Tensor]:
-        dtype = _product_dtype(weight)
+        product = _Product(weight, bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        sums = torch.zeros(4, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
+        grad_bias = torch.zeros(len(weight), device=weight.device) if need_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            whole, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-            need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-            sums = torch.zeros(4, device=hidden.device)
-            grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-            grad_weight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
-            grad_bias = torch.zeros(len(weight), device=weight.device) if need_bias else None
-            for part in chunks_of(rows, len(weight), size):
-                x = hidden[part].to(dtype)
-                logits = head.logits(x, whole, offset)
-                more, slope = objective(logits, part)
-                sums += more
-                if slope is None or not any(ctx.needs_input_grad[:3]):
+            for part in rows.split(size or rows_in(CHUNK_BYTES, len(weight))):
+                x = hidden[part].to(product.dtype)
+                logits = product(x)
+                objective.start(part)
+                learned = False
+                for block in _blocks(len(part), len(weight), cpu=hidden.is_cpu):
+                    outputs = head.shape_of(logits[block].float())
+                    more, slope = objective(outputs, part[block], block)
+                    sums += more
+                    if slope is not None:
+                        learned = True
+                        logits[block] = head.slope_of(outputs, slope)
+                if not learned:
                     continue
-                if head.cap is not None:
-                    slope.mul_(1 - (logits / head.cap).square_())
-                slope = slope.mul_(head.scale) if head.scale != 1 else slope
                 if grad_bias is not None:
-                    grad_bias += slope.sum(0)
-                slope = slope.to(dtype)
+                    grad_bias += logits.float().sum(0)
                 if grad_hidden is not None:
-                    grad_hidden[part] = (slope @ whole).to(hidden.dtype)
+                    grad_hidden[part] = (logits @ product.weight).to(hidden.dtype)
                 if grad_weight is not None:
-                    if dtype == torch.float32:
-                        grad_weight.addmm_(slope.T, x)
+                    if product.dtype == torch.float32:
+                        grad_weight.addmm_(logits.T, x)
                     else:
-                        grad_weight += slope.T @ x
+                        grad_weight += logits.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(sums)
         return objective.soft_weight * sums[1] + objective.task_weight * sums[0], sums

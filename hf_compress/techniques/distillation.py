@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +22,10 @@ from hf_compress.techniques.chunked import (
     head_of,
     head_stands_in,
     hidden_of,
-    rows_through,
+    online,
 )
 from hf_compress.techniques.features import FeatureTerm, check_features, feature_terms
-from hf_compress.techniques.soft_targets import FromOutputs, Objective, Online, Rows, SoftTargets, Teacher
+from hf_compress.techniques.soft_targets import FromOutputs, Objective, Online, SoftTargets, Teacher
 from hf_compress.techniques.teacher import BASE, OPTIONS, answering, as_classes, check_vocabulary, load_teacher
 from hf_compress.weights import base_of
 
@@ -63,7 +63,7 @@ class Distillation(Technique):
         default=False,
         metadata={"help": "logits a few positions at a time, task loss too: never a whole batch of vocabularies"},
     )
-    chunk_size: int | None = field(default=None, metadata={"help": "positions in a chunk; none: what 24 MiB hold"})
+    chunk_size: int | None = field(default=None, metadata={"help": "positions in a chunk; none: what 64 MiB hold"})
     features: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "{loss: weight} or {loss: {weight:, layer_map:, option:}} of what blocks compute"},
@@ -112,7 +112,10 @@ class Distillation(Technique):
                 f"bitsandbytes has 8 and 4, not {self.teacher_bits}",
                 self.teacher_bits not in (None, 4, 8),
             ),
-            "chunk_size": (f"{self.chunk_size} is no number of positions", (self.chunk_size or 1) < 1),
+            "chunk_size": (
+                f"{self.chunk_size} is no number of positions",
+                self.chunk_size is not None and self.chunk_size < 1,
+            ),
             "teacher_weights": (
                 f"{weights} are not one positive number for each of {len(self.teachers)} teachers",
                 bool(weights) and (len(weights) != len(self.teachers) or min(weights) <= 0),
@@ -177,8 +180,8 @@ class Distillation(Technique):
             if self._captures:
                 stack.enter_context(self._captures[0].on())
             if step.chunked:
-                rows = [rows_through(head, hidden) for head, hidden in zip(self._heads[1:], answers, strict=True)]
-                stack.enter_context(head_stands_in(self._heads[0].module, self._chunks(step, rows)))
+                teachers = [online(*each) for each in zip(self._heads[1:], answers, self._shares, strict=True)]
+                stack.enter_context(head_stands_in(self._heads[0].module, self._chunks(step, teachers)))
             self._answers = answers
             yield
 
@@ -194,7 +197,7 @@ class Distillation(Technique):
             logits: Tensor = teacher(**inputs).logits
             return logits
 
-    def _chunks(self, step: Step, rows: list[Rows]) -> Callable[[Tensor], Tensor]:
+    def _chunks(self, step: Step, teachers: Sequence[Teacher]) -> Callable[[Tensor], Tensor]:
         """The student's head for one step: from what reaches it to the loss, in the shape of logits.
 
         The loss is made inside the student's own forward and is what that returns, so that wrappers around the model
@@ -203,15 +206,14 @@ class Distillation(Technique):
 
         def head(hidden: Tensor) -> Tensor:
             labels = step.labels.flatten() if step.task_weight or not step.model.training else None
-            objective = self._objective(step, rows, labels)
+            objective = self._objective(step, teachers, labels)
             total, self._sums = chunked_loss(self._heads[0], hidden, _trained(step), objective, self.chunk_size)
             self._total = total
             return total.expand(1, 1, 1)
 
         return head
 
-    def _objective(self, step: Step, rows: list[Rows], labels: Tensor | None = None) -> Objective:
-        teachers: list[Teacher] = [Online(r, w) for r, w in zip(rows, self._shares, strict=True)]
+    def _objective(self, step: Step, teachers: Sequence[Teacher], labels: Tensor | None = None) -> Objective:
         measure = not step.model.training and self._distribution != "values"
         return Objective(self._soft, teachers, self.weight, step.task_weight, labels, measure)
 
@@ -227,8 +229,8 @@ class Distillation(Technique):
             flat = as_classes(step.outputs.logits, kind)
             rows = _trained(step) if kind != "sigmoid" else torch.arange(len(flat), device=flat.device)
             each = [as_classes(answer, kind) for answer in self._answers]
-            found: list[Rows] = [partial(_rows_of, outputs) for outputs in each]
-            total, sums = FromOutputs.apply(flat, rows, self._objective(step, found), self.chunk_size)  # type: ignore[no-untyped-call]
+            teachers = [Online(partial(_rows_of, answer), share) for answer, share in zip(each, self._shares)]
+            total, sums = FromOutputs.apply(flat, rows, self._objective(step, teachers))  # type: ignore[no-untyped-call]
             items = step.num_items * (step.labels.shape[1] if kind == "sigmoid" else 1)
             terms["distill"] = total / items
             self._measure(step, sums, len(rows))
@@ -281,7 +283,7 @@ class Distillation(Technique):
 
 
 def _rows_of(outputs: Tensor, part: Tensor) -> Tensor:
-    return outputs[part].float()
+    return outputs[part]
 
 
 def _trained(step: Step) -> Tensor:

@@ -12,24 +12,28 @@ from torch import Tensor
 from hf_compress.errors import CompressError
 from hf_compress.losses import losses
 
-CHUNK_BYTES = (
-    24 * 2**20
-)  # of one fp32 (positions, classes) buffer; above 32 MiB the allocator gives pages back each time
+BLOCK_BYTES = 4 * 2**20  # of one fp32 (rows, classes) buffer: what is computed with it stays in a CPU's cache
 
 Rows = Callable[[Tensor], Tensor]
-"""Indexes of rows -> fp32 outputs (rows, classes) of them."""
+"""Indexes of rows -> outputs (rows, classes) of them."""
 
 
 class Teacher(Protocol):
-    """What a position's teacher says, whatever form it is kept in."""
+    """What the teacher says of some rows, whatever form it is kept in."""
 
     @property
     def weight(self) -> float: ...
 
-    def learn(self, student: Tensor, rows: Tensor, soft: SoftTargets) -> tuple[Tensor, Tensor]:
+    def chunk(self, rows: Tensor) -> None:
+        """The next rows, by index: fetch what is known of them."""
+
+    def block(self, block: slice) -> None:
+        """Those rows of the chunk that `learn` and `compare` are about."""
+
+    def learn(self, student: Tensor, soft: SoftTargets) -> tuple[Tensor, Tensor]:
         """Student's outputs (rows, classes) -> value (rows,) and its gradient (rows, classes)."""
 
-    def compare(self, log_q: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(self, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """KL(teacher || student) at temperature 1, and whether the likeliest class is the same; (rows,) each."""
 
 
@@ -57,15 +61,22 @@ class SoftTargets:
         return value * self.temperature**order, gradient.mul_(self.temperature ** (order - 1))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Online:
-    """A teacher whose outputs are there now."""
+    """A teacher whose outputs are there now. shape: what turns them, as fp32 and in place, into logits."""
 
     outputs: Rows
     weight: float = 1.0
+    shape: Callable[[Tensor], Tensor] = lambda logits: logits
 
-    def learn(self, student: Tensor, rows: Tensor, soft: SoftTargets) -> tuple[Tensor, Tensor]:
-        ours, theirs = _common(student, self.outputs(rows))
+    def chunk(self, rows: Tensor) -> None:
+        self._chunk = self.outputs(rows)
+
+    def block(self, block: slice) -> None:
+        self._block = self.shape(self._chunk[block].float())
+
+    def learn(self, student: Tensor, soft: SoftTargets) -> tuple[Tensor, Tensor]:
+        ours, theirs = _common(student, self._block)
         value, gradient = soft(ours, theirs)
         if not torch.isfinite(value.sum()) and not torch.isfinite(theirs).all():
             raise CompressError(
@@ -73,10 +84,11 @@ class Online:
                 where="distillation",
                 next_step="check the teacher's dtype and inputs",
             )
-        return value, torch.nn.functional.pad(gradient, (0, student.shape[-1] - gradient.shape[-1]))
+        missing = student.shape[-1] - gradient.shape[-1]
+        return value, torch.nn.functional.pad(gradient, (0, missing)) if missing else gradient
 
-    def compare(self, log_q: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        ours, theirs = _common(log_q, self.outputs(rows))
+    def compare(self, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        ours, theirs = _common(log_q, self._block)
         log_p = theirs.log_softmax(-1)
         kl = torch.linalg.vecdot(log_p.exp(), log_p - ours.log_softmax(-1))
         return kl, (ours.argmax(-1) == log_p.argmax(-1)).float()
@@ -103,21 +115,23 @@ class Objective:
     labels: Tensor | None = None
     measure: bool = False
 
-    def __call__(self, student: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """fp32 outputs of `rows` (rows, classes) -> sums (4,) of task, soft loss, KL and agreement (the last two only
-        when measured); d (task_weight * task + soft_weight * soft) / d outputs, None where nothing is learned."""
+    def __call__(self, student: Tensor, rows: Tensor, block: slice) -> tuple[Tensor, Tensor | None]:
+        """fp32 outputs (rows, classes) of the rows of a block -> sums (4,) of task, soft loss, KL and agreement (the
+        last two only when measured); d (task_weight * task + soft_weight * soft) / d outputs, None where nothing is
+        learned."""
         sums = student.new_zeros(4)
         total: Tensor | None = None
-        if self.soft_weight:
-            for teacher in self.teachers:
-                value, gradient = teacher.learn(student, rows, self.soft)
+        for teacher in self.teachers:
+            teacher.block(block)
+            if self.soft_weight:
+                value, gradient = teacher.learn(student, self.soft)
                 sums[1] += teacher.weight * value.sum()
                 gradient = gradient.mul_(self.soft_weight * teacher.weight)
                 total = gradient if total is None else total.add_(gradient)
         if self.labels is not None or self.measure:
             log_q = student.log_softmax(-1)
             if self.measure:
-                kl, same = self.teachers[0].compare(log_q, rows)
+                kl, same = self.teachers[0].compare(log_q)
                 sums[2] += kl.sum()
                 sums[3] += same.sum()
             if self.labels is not None:
@@ -129,11 +143,15 @@ class Objective:
                     total = gradient if total is None else total.add_(gradient)
         return sums, total
 
+    def start(self, rows: Tensor) -> None:
+        """The next chunk of rows."""
+        for teacher in self.teachers:
+            teacher.chunk(rows)
 
-def chunks_of(rows: Tensor, classes: int, size: int | None) -> tuple[Tensor, ...]:
-    """Rows in chunks of `size`, or of as many as `CHUNK_BYTES` hold."""
-    found: tuple[Tensor, ...] = rows.split(size or max(16, CHUNK_BYTES // (4 * classes)))
-    return found
+
+def rows_in(size: int, classes: int) -> int:
+    """How many rows of fp32 `classes` fit in `size` bytes."""
+    return max(1, size // (4 * classes))
 
 
 class FromOutputs(torch.autograd.Function):
@@ -141,11 +159,12 @@ class FromOutputs(torch.autograd.Function):
     the dtype of the outputs: the one tensor of their size that backward needs anyway."""
 
     @staticmethod
-    def forward(ctx: Any, outputs: Tensor, rows: Tensor, objective: Objective, size: int | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, outputs: Tensor, rows: Tensor, objective: Objective) -> tuple[Tensor, ...]:
         gradient = torch.zeros_like(outputs) if ctx.needs_input_grad[0] else None
         sums = torch.zeros(4, device=outputs.device)
-        for part in chunks_of(rows, outputs.shape[-1], size):
-            more, slope = objective(outputs[part].float(), part)
+        for part in rows.split(rows_in(BLOCK_BYTES * (1 if rows.is_cpu else 16), outputs.shape[-1])):
+            objective.start(part)
+            more, slope = objective(outputs[part].float(), part, slice(None))
             sums += more
             if gradient is not None and slope is not None:
                 gradient[part] = slope.to(gradient.dtype)
@@ -154,6 +173,6 @@ class FromOutputs(torch.autograd.Function):
         return objective.soft_weight * sums[1] + objective.task_weight * sums[0], sums
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], None, None, None
+        return gradient * grads[0], None, None

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_compress.errors import CompressError
 from hf_compress.losses import losses
-from hf_compress.techniques.chunked import Head, chunked_loss, head_of, rows_through
+from hf_compress.techniques.chunked import Head, chunked_loss, head_of, online
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.soft_targets import FromOutputs, Objective, Online, SoftTargets
 from tests.models import tiny
@@ -55,7 +55,7 @@ def test_value_and_gradients_equal_the_naive_ones(loss: str, size: int | None, c
     expected = naive(shaped(ours(hidden[0])), theirs(taught[0]), labels, chosen, soft)
     parameters = [hidden, ours.weight, ours.bias]
     wanted = torch.autograd.grad(expected, parameters)
-    objective = Objective(soft, [Online(rows_through(Head(theirs), taught))], 0.7, 0.3, labels)
+    objective = Objective(soft, [online(Head(theirs), taught)], 0.7, 0.3, labels)
     found, sums = chunked_loss(Head(ours, 1.5, cap), hidden, chosen, objective, size)
     got = torch.autograd.grad(found * 1.0, parameters)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -73,7 +73,7 @@ def test_gradients_from_given_outputs_equal_the_naive_ones() -> None:
     expected = naive(student, teacher, labels, chosen, soft)
     (wanted,) = torch.autograd.grad(expected, student)
     objective = Objective(soft, [Online(lambda part: teacher[part])], 0.7, 0.3, labels)
-    found, _ = FromOutputs.apply(student, chosen, objective, 4)
+    found, _ = FromOutputs.apply(student, chosen, objective)
     (got,) = torch.autograd.grad(found, student)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
@@ -81,7 +81,7 @@ def test_gradients_from_given_outputs_equal_the_naive_ones() -> None:
 
 def test_nothing_to_learn_gives_zero_and_zero_gradients() -> None:
     hidden, head = torch.randn(1, POSITIONS, WIDTH, requires_grad=True), nn.Linear(WIDTH, VOCAB, bias=False)
-    objective = Objective(SoftTargets("forward_kl"), [Online(rows_through(Head(head), hidden.detach()))])
+    objective = Objective(SoftTargets("forward_kl"), [online(Head(head), hidden.detach())])
     found, _ = chunked_loss(Head(head), hidden, torch.tensor([], dtype=torch.long), objective, None)
     gradients = torch.autograd.grad(found, [hidden, head.weight])
     assert found == 0
