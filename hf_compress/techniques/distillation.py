@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_compress.errors import CompressError
 from hf_compress.heads import distribution
+from hf_compress.heads import head_of as kind_of
 from hf_compress.losses import losses
 from hf_compress.techniques.base import Step, Technique
 from hf_compress.techniques.capture import Capture
@@ -25,6 +26,7 @@ from hf_compress.techniques.chunked import (
     online,
 )
 from hf_compress.techniques.features import FeatureTerm, check_features, feature_terms
+from hf_compress.techniques.offline import Cache
 from hf_compress.techniques.soft_targets import FromOutputs, Objective, Online, SoftTargets, Teacher
 from hf_compress.techniques.teacher import BASE, OPTIONS, answering, as_classes, check_vocabulary, load_teacher
 from hf_compress.weights import base_of
@@ -80,10 +82,16 @@ class Distillation(Technique):
     )
     teacher_bits: int | None = field(default=None, metadata={"help": "8 or 4: load the teacher by bitsandbytes"})
     teachers: list[str] = field(default_factory=list, metadata={"help": "several, instead of teacher_model"})
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "answers that `hf-compress cache-teacher` wrote: no teacher in memory (forward_kl only)"},
+    )
     teacher_weights: list[float] = field(default_factory=list, metadata={"help": "of `teachers`; none: equal"})
 
     def check(self) -> None:
-        if bool(self.teachers) == (self.teacher_model is not None):
+        if self.teacher_cache is not None:
+            self._check_cached()
+        elif bool(self.teachers) == (self.teacher_model is not None):
             raise CompressError(
                 "distillation needs a teacher" if not self.teachers else "teacher_model and teachers are both given",
                 where="distill.teacher_model",
@@ -125,6 +133,16 @@ class Distillation(Technique):
             if is_so:
                 raise CompressError(f"{name} {what}", where=f"distill.{name}")
 
+    def _check_cached(self) -> None:
+        wrong = {
+            "features need a teacher's blocks, and a cache holds its answers only": bool(self.features),
+            f"a cache of sampled answers gives forward_kl, not {self.loss}": self.loss != "forward_kl",
+            "a cache has one teacher": bool(self.teachers),
+        }
+        for what, is_so in wrong.items():
+            if is_so:
+                raise CompressError(what, where="distill.teacher_cache", next_step="use the teacher itself")
+
     @property
     def learns_from_base(self) -> bool:
         """Whether a teacher is the model under a LoRA student."""
@@ -132,7 +150,10 @@ class Distillation(Technique):
 
     def attach(self, model: nn.Module) -> None:
         student = base_of(model)
-        self._given: list[Any] = list(self.teachers) or [self.teacher_model]
+        self._cache = None if self.teacher_cache is None else Cache(self.teacher_cache)
+        if self._cache is not None and kind_of(student) != "causal":
+            raise CompressError("only causal language models have a cache", where="distill.teacher_cache")
+        self._given: list[Any] = list(self.teachers) or ([] if self._cache else [self.teacher_model])
         weights = self.teacher_weights or [1.0] * len(self._given)
         self._shares = [w / sum(weights) for w in weights]
         init, bits = self.teacher_model_init_kwargs, self.teacher_bits
@@ -160,6 +181,13 @@ class Distillation(Technique):
         self._measured = torch.zeros(3)
 
     def prepare(self, trainer: CompressionTrainer) -> None:
+        if self._cache is not None:
+            self._cache.check(
+                temperature=self.temperature,
+                tokenizer=trainer.processing_class,
+                teacher=self.teacher_model,
+                vocabulary=base_of(trainer.model).config.get_text_config().vocab_size,
+            )
         for index, given in enumerate(self._given):
             if given != BASE:
                 teacher = self._teachers[index]
@@ -180,10 +208,17 @@ class Distillation(Technique):
             if self._captures:
                 stack.enter_context(self._captures[0].on())
             if step.chunked:
-                teachers = [online(*each) for each in zip(self._heads[1:], answers, self._shares, strict=True)]
+                teachers: list[Teacher] = [
+                    online(*each) for each in zip(self._heads[1:], answers, self._shares, strict=True)
+                ]
+                teachers += self._cached(step)
                 stack.enter_context(head_stands_in(self._heads[0].module, self._chunks(step, teachers)))
             self._answers = answers
             yield
+
+    def _cached(self, step: Step) -> list[Teacher]:
+        """A cache holds training rows, so it has nothing to say at evaluation."""
+        return [self._cache.answers(step)] if self._cache is not None and step.model.training else []
 
     def _answer(self, index: int, inputs: dict[str, Any], chunked: bool) -> Tensor:
         """Logits of one teacher, or what reaches its head where the loss is chunked."""
@@ -214,22 +249,26 @@ class Distillation(Technique):
         return head
 
     def _objective(self, step: Step, teachers: Sequence[Teacher], labels: Tensor | None = None) -> Objective:
-        measure = not step.model.training and self._distribution != "values"
+        measure = not step.model.training and self._distribution != "values" and bool(teachers)
         return Objective(self._soft, teachers, self.weight, step.task_weight, labels, measure)
 
     def loss_terms(self, step: Step) -> dict[str, Tensor]:
         terms = {}
+        answered = bool(self._teachers) or step.model.training  # a cache holds no evaluation rows
         if step.chunked:
             # one value with the gradient of both: what is logged as the task has none of its own
             terms["task"] = step.task_weight * self._sums[0] / step.num_items
             terms["distill"] = self._total / step.num_items - terms["task"]
             self._measure(step, self._sums, len(_trained(step)))
-        elif self.weight or not step.model.training:
+        elif answered and (self.weight or not step.model.training):
             kind = self._distribution
             flat = as_classes(step.outputs.logits, kind)
             rows = _trained(step) if kind != "sigmoid" else torch.arange(len(flat), device=flat.device)
             each = [as_classes(answer, kind) for answer in self._answers]
-            teachers = [Online(partial(_rows_of, answer), share) for answer, share in zip(each, self._shares)]
+            teachers: list[Teacher] = [
+                Online(partial(_rows_of, answer), share) for answer, share in zip(each, self._shares)
+            ]
+            teachers += self._cached(step)
             total, sums = FromOutputs.apply(flat, rows, self._objective(step, teachers))  # type: ignore[no-untyped-call]
             items = step.num_items * (step.labels.shape[1] if kind == "sigmoid" else 1)
             terms["distill"] = total / items
@@ -238,17 +277,20 @@ class Distillation(Technique):
         for term in self._terms:
             each_sequence = term(self._captures[0], self._captures[1], mask) * items_of
             terms[term.name] = term.weight * each_sequence.sum() / step.num_items
+        if not answered:
+            terms.pop("distill", None)
         return terms
 
     def _measure(self, step: Step, sums: Tensor, count: int) -> None:
-        if not step.model.training and self._distribution != "values":
+        if not step.model.training and self._distribution != "values" and self._teachers:
             self._measured = self._measured.to(sums.device)
             self._measured += torch.stack([sums[2], sums[3], sums.new_tensor(count)])
 
     def measures(self) -> dict[str, tuple[Tensor, Tensor]]:
         kl, same, count = self._measured
         self._measured = torch.zeros(3)
-        return {} if self._distribution == "values" else {"kl": (kl, count), "agreement": (same, count)}
+        silent = self._distribution == "values" or not self._teachers
+        return {} if silent else {"kl": (kl, count), "agreement": (same, count)}
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -270,13 +312,15 @@ class Distillation(Technique):
         self._terms, self._captures = [], []
 
     def facts(self) -> dict[str, Any]:
-        teachers = [given if isinstance(given, str) else type(given).__name__ for given in self._given]
+        given = self._given or [self._cache.facts["teacher"] if self._cache else None]
+        teachers = [name if isinstance(name, str) else type(name).__name__ for name in given]
         return {
             "teacher": teachers[0] if len(teachers) == 1 else teachers,
             "loss": self.loss,
             "temperature": self.temperature,
             "weight": self.weight,
             "chunked": self.chunked,
+            "teacher_cache": self._cache.facts if self._cache else None,
             "features": self.features,
             "layer_map": self.layer_map,
         }

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_compress.errors import CompressError
 from hf_compress.losses import losses
 
-BLOCK_BYTES = 4 * 2**20  # of one fp32 (rows, classes) buffer: what is computed with it stays in a CPU's cache
+BLOCK_BYTES = 2 * 2**20  # of one fp32 (rows, classes) buffer: what is computed with it stays in a CPU's cache
 
 Rows = Callable[[Tensor], Tensor]
 """Indexes of rows -> outputs (rows, classes) of them."""

@@ -106,6 +106,7 @@ def test_each_feature_lowers_itself(tmp_path: Path) -> None:
     assert not run.model.model.layers[1]._forward_hooks
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     found = []
     for checkpointing in (False, True):
