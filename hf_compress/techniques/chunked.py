@@ -15,7 +15,7 @@ from hf_compress.errors import CompressError
 from hf_compress.techniques.soft_targets import BLOCK_BYTES, Objective, Online, rows_in
 from hf_compress.weights import base_of
 
-CHUNK_BYTES = 64 * 2**20  # of one fp32 (positions, vocabulary) buffer: rows enough to be worth reading a weight for
+LEAST, MOST = 128, 512  # rows of a chunk: each reads both heads' weights five times, so fewer would wait for memory
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class _FromHidden(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
         grad_bias = torch.zeros(len(weight), device=weight.device) if need_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in rows.split(size or rows_in(CHUNK_BYTES, len(weight))):
+            for part in rows.split(size or min(MOST, max(LEAST, len(rows) // 8))):
                 x = hidden[part].to(product.dtype)
                 logits = product(x)
                 objective.start(part)

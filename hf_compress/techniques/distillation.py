@@ -65,7 +65,9 @@ class Distillation(Technique):
         default=False,
         metadata={"help": "logits a few positions at a time, task loss too: never a whole batch of vocabularies"},
     )
-    chunk_size: int | None = field(default=None, metadata={"help": "positions in a chunk; none: what 64 MiB hold"})
+    chunk_size: int | None = field(
+        default=None, metadata={"help": "positions in a chunk; none: an eighth, 128 to 512"}
+    )
     features: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "{loss: weight} or {loss: {weight:, layer_map:, option:}} of what blocks compute"},
@@ -265,6 +267,7 @@ class Distillation(Technique):
             flat = as_classes(step.outputs.logits, kind)
             rows = _trained(step) if kind != "sigmoid" else torch.arange(len(flat), device=flat.device)
             each = [as_classes(answer, kind) for answer in self._answers]
+            self._answers = []  # of the size of the student's logits: not to be kept while backward runs
             teachers: list[Teacher] = [
                 Online(partial(_rows_of, answer), share) for answer, share in zip(each, self._shares)
             ]
