@@ -17,6 +17,59 @@ from tests.models import tiny
 from tests.training import collate, rows, trainer
 
 
+def by_hand(kind: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """(rows,) at T = 2, times 4, mean over labels."""
+    if kind == "regression":
+        return (ours - theirs).square().mean(-1)
+    if kind == "multilabel":
+        q, p = (ours / 2).sigmoid(), (theirs / 2).sigmoid()
+        return 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(-1)
+    q, p = (ours / 2).softmax(-1), (theirs / 2).softmax(-1)
+    return 4 * (p * (p / q).log()).sum(-1)
+
+
+@pytest.mark.parametrize("kind", ["bert", "regression", "multilabel", "tokens", "llama", "t5"])
+def test_each_head_is_distilled_where_and_as_it_predicts(kind: str, tmp_path: Path) -> None:
+    from tests.contracts.test_loss_scale import labelled, models
+
+    student, teacher = models(kind)
+    loss = "mse" if kind == "regression" else "forward_kl"
+    run = trainer(student, tmp_path, [Distillation(teacher, loss=loss)])
+    batch = labelled(kind, [rows(classes=kind in ("bert", "regression", "multilabel"))[i] for i in range(4)])
+    student.eval()
+    teacher.eval()
+    with torch.no_grad():
+        run.compute_loss(run.model, dict(batch))
+        ours, theirs = (model(**batch).logits for model in (student, teacher))
+    chosen: torch.Tensor = torch.ones(len(ours), dtype=torch.bool)
+    if kind in ("tokens", "t5"):
+        chosen = batch["labels"] != -100
+    elif kind == "llama":
+        chosen = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    expected = by_hand(kind, ours[chosen], theirs[chosen]).mean()
+    torch.testing.assert_close(run._eval_logged["distill"][0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_kl_and_agreement_at_evaluation_are_means_over_all_positions(chunked: bool, tmp_path: Path) -> None:
+    student, teacher = tiny("llama"), tiny("llama", seed=1)
+    teacher.lm_head.weight.data = 0.7 * student.lm_head.weight.data + 0.3 * teacher.lm_head.weight.data
+    teacher.model.load_state_dict(student.model.state_dict())
+    run = trainer(student, tmp_path, [Distillation(teacher, chunked=chunked)], per_device_eval_batch_size=5)
+    run.evaluate()
+    kl, same = [], []
+    for row in run.eval_dataset:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            q, p = (model(input_ids=ids).logits[0, :-1].log_softmax(-1) for model in (student, teacher))
+        kl.append((p.exp() * (p - q)).sum(-1))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    logged = run.state.log_history[-1]
+    assert logged["eval_kl"] == pytest.approx(float(torch.cat(kl).mean()), rel=1e-4)
+    assert logged["eval_agreement"] == pytest.approx(float(torch.cat(same).float().mean()), rel=1e-4)
+    assert 0.2 < logged["eval_agreement"] < 1
+
+
 def test_padding_changes_nothing(tmp_path: Path) -> None:
     run = trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", seed=1), features={"hidden_mse": 1.0})])
     batch = collate([rows()[0]])
