@@ -18,7 +18,7 @@ from hf_compress.errors import CompressError
 from hf_compress.heads import head_of as kind_of
 from hf_compress.heads import targets
 from hf_compress.source import ModelSource, load_model, weight_files
-from hf_compress.techniques.chunked import head_of, hidden_of, online
+from hf_compress.techniques.chunked import ask, head_of
 from hf_compress.techniques.offline import MANIFEST, row_key, teacher_hash, tokenizer_hash
 
 ROWS = 256  # of the data, in a shard
@@ -103,7 +103,7 @@ def _answers(
     batch = {k: v.to(model.device) for k, v in collator(rows).items()}
     labels = batch.pop("labels")
     trained = targets("causal", labels) != -100
-    teacher = online(head, hidden_of(model, head.module, batch))
+    teacher = ask(model, head, batch)
     places = trained.flatten().nonzero().squeeze(-1)
     parts = [_summary(teacher, part, facts, made) for part in places.split(64)]
     ids, rest = (torch.cat(column).cpu() for column in zip(*parts, strict=True))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class CompressionTrainer(Trainer):
     Args:
         techniques: in any order; the order changes nothing.
         task_weight: 0 trains on the techniques' terms alone.
+        peft_config: a peft config: the model trains through adapters of that kind.
         others: as `transformers.Trainer`.
 
     Raises:
@@ -54,6 +56,7 @@ class CompressionTrainer(Trainer):
         techniques: Sequence[Technique] = (),
         task_weight: float = 1.0,
         args: TrainingArguments,
+        peft_config: Any = None,
         **others: Any,
     ) -> None:
         if args.deepspeed or args.fsdp or args.label_smoothing_factor:
@@ -75,6 +78,10 @@ class CompressionTrainer(Trainer):
         self._logged_steps = 0
         self._eval_logged: dict[str, list[Tensor]] = defaultdict(list)
         self._head = head_of(base_of(model))
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
         self._chunked = any(isinstance(t, Distillation) and t.chunked for t in techniques)
         if self._chunked and (args.torch_compile or self._head not in ("causal", "seq2seq")):
             raise CompressError(
@@ -280,20 +287,19 @@ class _OwnParameters(TrainerCallback):
 
 
 class DistillationTrainer(CompressionTrainer):
-    """``DistillationTrainer(student, teacher_model="org/teacher", temperature=2.0, args=..., train_dataset=...)``."""
+    """``DistillationTrainer(student, "org/teacher", temperature=2.0, args=..., train_dataset=...)``; takes
+    every field of `Distillation`."""
 
     def __init__(
         self,
         model: nn.Module,
-        teacher_model: Any,
+        teacher_model: Any = None,
         *,
         techniques: Sequence[Technique] = (),
-        loss: str = "forward_kl",
-        temperature: float = 2.0,
         **others: Any,
     ) -> None:
-        first = Distillation(teacher_model, loss=loss, temperature=temperature)
-        super().__init__(model, techniques=[first, *techniques], **others)
+        own = {field.name: others.pop(field.name) for field in fields(Distillation) if field.name in others}
+        super().__init__(model, techniques=[Distillation(teacher_model, **own), *techniques], **others)
 
 
 class PruningTrainer(CompressionTrainer):

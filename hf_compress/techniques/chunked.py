@@ -107,23 +107,28 @@ def head_stands_in(module: nn.Module, compute: Callable[[Tensor], Tensor]) -> It
 
 
 @torch.no_grad()
-def hidden_of(model: nn.Module, module: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """What reaches the model's head, (batch, positions, width), the head itself not run."""
-    caught: list[Tensor] = []
+def ask(model: nn.Module, head: Head, inputs: dict[str, Any], weight: float = 1.0) -> Online:
+    """A teacher's answer to a batch: what reaches its head, (batch, positions, width); the head itself runs a chunk at
+    a time later, in the dtype that it would have had here."""
+    asked: list[Online] = []
 
-    def keep(x: Tensor) -> Tensor:
-        caught.append(x)
-        return x[..., :1]
+    def keep(hidden: Tensor) -> Tensor:
+        asked.append(online(head, hidden, weight))
+        return hidden[..., :1]
 
-    with head_stands_in(module, keep):
+    with head_stands_in(head.module, keep):
         model(**inputs)
-    return caught[0]
+    return asked[0]
 
 
 def online(head: Head, hidden: Tensor, weight: float = 1.0) -> Online:
     """The teacher that has `head`, of whose forward `hidden` (batch, positions, width) is left."""
     product, flat = _Product(head.module.weight.detach(), head.module.bias), hidden.flatten(0, -2)
-    return Online(lambda rows: product(flat[rows]), weight, head.shape_of)
+
+    def outputs(rows: Tensor) -> Tensor:
+        return product(flat[rows.to(flat.device)]).to(rows.device)  # a teacher may lie on other devices
+
+    return Online(outputs, weight, head.shape_of)
 
 
 class _Product:

@@ -19,11 +19,10 @@ from hf_compress.techniques.base import Step, Technique
 from hf_compress.techniques.capture import Capture
 from hf_compress.techniques.chunked import (
     Head,
+    ask,
     chunked_loss,
     head_of,
     head_stands_in,
-    hidden_of,
-    online,
 )
 from hf_compress.techniques.features import FeatureTerm, check_features, feature_terms
 from hf_compress.techniques.offline import Cache
@@ -205,34 +204,31 @@ class Distillation(Technique):
     @contextmanager
     def around(self, step: Step) -> Iterator[None]:
         inputs = {k: v for k, v in step.inputs.items() if k != "labels"}
-        answers = [self._answer(index, inputs, step.chunked) for index in range(len(self._teachers))]
+        answers: list[Teacher] = [self._answer(i, inputs, step.chunked) for i in range(len(self._teachers))]
+        answers += self._cached(step)
         with ExitStack() as stack:
             if self._captures:
                 stack.enter_context(self._captures[0].on())
             if step.chunked:
-                teachers: list[Teacher] = [
-                    online(*each) for each in zip(self._heads[1:], answers, self._shares, strict=True)
-                ]
-                teachers += self._cached(step)
-                stack.enter_context(head_stands_in(self._heads[0].module, self._chunks(step, teachers)))
-            self._answers = answers
+                stack.enter_context(head_stands_in(self._heads[0].module, self._chunks(step, answers)))
+            else:
+                self._answers = answers
             yield
 
     def _cached(self, step: Step) -> list[Teacher]:
         """A cache holds training rows, so it has nothing to say at evaluation."""
         return [self._cache.answers(step)] if self._cache is not None and step.model.training else []
 
-    def _answer(self, index: int, inputs: dict[str, Any], chunked: bool) -> Tensor:
-        """Logits of one teacher, or what reaches its head where the loss is chunked."""
-        teacher = self._teachers[index]
+    def _answer(self, index: int, inputs: dict[str, Any], chunked: bool) -> Teacher:
+        """What one teacher says of a batch: its logits, or where the loss is chunked what reaches its head."""
+        teacher, share = self._teachers[index], self._shares[index]
         with ExitStack() as stack:
             stack.enter_context(answering(teacher, base=self._given[index] == BASE))
             if index == 0 and self._captures:
                 stack.enter_context(self._captures[1].on())
             if chunked:
-                return hidden_of(teacher, self._heads[1 + index].module, inputs)
-            logits: Tensor = teacher(**inputs).logits
-            return logits
+                return ask(teacher, self._heads[1 + index], inputs, share)
+            return Online(partial(_rows_of, as_classes(teacher(**inputs).logits, self._distribution)), share)
 
     def _chunks(self, step: Step, teachers: Sequence[Teacher]) -> Callable[[Tensor], Tensor]:
         """The student's head for one step: from what reaches it to the loss, in the shape of logits.
@@ -266,13 +262,8 @@ class Distillation(Technique):
             kind = self._distribution
             flat = as_classes(step.outputs.logits, kind)
             rows = _trained(step) if kind != "sigmoid" else torch.arange(len(flat), device=flat.device)
-            each = [as_classes(answer, kind) for answer in self._answers]
+            total, sums = FromOutputs.apply(flat, rows, self._objective(step, self._answers))  # type: ignore[no-untyped-call]
             self._answers = []  # of the size of the student's logits: not to be kept while backward runs
-            teachers: list[Teacher] = [
-                Online(partial(_rows_of, answer), share) for answer, share in zip(each, self._shares)
-            ]
-            teachers += self._cached(step)
-            total, sums = FromOutputs.apply(flat, rows, self._objective(step, teachers))  # type: ignore[no-untyped-call]
             items = step.num_items * (step.labels.shape[1] if kind == "sigmoid" else 1)
             terms["distill"] = total / items
             self._measure(step, sums, len(rows))

@@ -13,6 +13,8 @@ from hf_compress.errors import CompressError
 from hf_compress.losses import losses
 from hf_compress.techniques.chunked import Head, chunked_loss, head_of, online
 from hf_compress.techniques.distillation import Distillation
+from hf_compress.techniques.pruning import Pruning
+from hf_compress.techniques.qat import QAT
 from hf_compress.techniques.soft_targets import FromOutputs, Objective, Online, SoftTargets
 from tests.models import tiny
 from tests.training import collate, rows, trainer
@@ -111,6 +113,17 @@ def weights_after(student: Any, teacher: Any, folder: Path, **options: Any) -> d
     run.train()
     logged = {k: v for entry in run.state.log_history for k, v in entry.items() if k in ("loss_task", "loss_distill")}
     return {k: v.clone() for k, v in run.model.state_dict().items()} | {k: torch.tensor(v) for k, v in logged.items()}
+
+
+def test_masks_and_fake_quantization_beside_it(tmp_path: Path) -> None:
+    found = []
+    for chunked in (True, False):
+        techniques = [Distillation(tiny("llama", seed=1), chunked=chunked), Pruning(0.5, schedule="oneshot"), QAT(8)]
+        run = trainer(tiny("llama"), tmp_path, techniques, optim="sgd", max_grad_norm=0, max_steps=2)
+        run.train()
+        found.append({k: v.clone() for k, v in run.model.state_dict().items()})
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
+    assert (found[0]["model.layers.0.mlp.down_proj.weight"] == 0).float().mean() == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -140,6 +140,19 @@ def test_lora_student_learns_from_its_own_base(tmp_path: Path) -> None:
     student = get_peft_model(tiny("llama"), LoraConfig(target_modules="all-linear", r=4))
     run = trainer(student, tmp_path, [Distillation("base")], task_weight=0.0)
     run.train()
+    other = DistillationTrainer(
+        tiny("llama"),
+        "base",
+        chunked=True,
+        peft_config=LoraConfig(target_modules=["q_proj"], r=4),
+        args=TrainingArguments(str(tmp_path), use_cpu=True, dataloader_pin_memory=False, max_steps=1),
+        train_dataset=rows(),
+        data_collator=collate,
+    )
+    trained = {name.split(".")[-3] for name, p in other.model.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+    other.train()
+    assert other.techniques[0].chunked
     assert run.state.log_history[0]["loss_distill"] == pytest.approx(
         0, abs=1e-5
     )  # B = 0 at the start: the student is its base
