@@ -24,10 +24,11 @@ from hf_compress.techniques.chunked import (
     head_of,
     head_stands_in,
 )
-from hf_compress.techniques.features import FeatureTerm, check_features, feature_terms
+from hf_compress.techniques.distillation_options import check_options
+from hf_compress.techniques.features import FeatureTerm, feature_terms
 from hf_compress.techniques.offline import Cache
 from hf_compress.techniques.soft_targets import FromOutputs, Objective, Online, SoftTargets, Teacher
-from hf_compress.techniques.teacher import BASE, OPTIONS, answering, as_classes, check_vocabulary, load_teacher
+from hf_compress.techniques.teacher import BASE, answering, as_classes, check_vocabulary, load_teacher
 from hf_compress.weights import base_of
 
 if TYPE_CHECKING:
@@ -90,59 +91,7 @@ class Distillation(Technique):
     teacher_weights: list[float] = field(default_factory=list, metadata={"help": "of `teachers`; none: equal"})
 
     def check(self) -> None:
-        if self.teacher_cache is not None:
-            self._check_cached()
-        elif bool(self.teachers) == (self.teacher_model is not None):
-            raise CompressError(
-                "distillation needs a teacher" if not self.teachers else "teacher_model and teachers are both given",
-                where="distill.teacher_model",
-                next_step="a folder, a Hub id, or `dense` in a recipe; or a list of them as `teachers`",
-            )
-        if losses.entry(self.loss, where="distill.loss").traits["kind"] not in ("logits", "values"):
-            raise CompressError(
-                f"{self.loss!r} is not a logit loss",
-                where="distill.loss",
-                next_step=f"features: {{{self.loss}: 1.0}}",
-            )
-        check_features(self.features)
-        for key in self.teacher_model_init_kwargs:
-            if key not in OPTIONS:
-                raise CompressError(
-                    f"the teacher cannot be loaded with {key!r}",
-                    where="distill.teacher_model_init_kwargs",
-                    next_step="allowed: " + ", ".join(OPTIONS),
-                )
-        weights = self.teacher_weights
-        wrong = {
-            "temperature": (f"{self.temperature} is not positive", not self.temperature > 0),
-            "beta": (f"{self.beta} is not between 0 and 1", not 0 <= self.beta <= 1),
-            "alpha": (f"{self.alpha} is not in [0, 1)", not 0 <= self.alpha < 1),
-            "teacher_bits": (
-                f"bitsandbytes has 8 and 4, not {self.teacher_bits}",
-                self.teacher_bits not in (None, 4, 8),
-            ),
-            "chunk_size": (
-                f"{self.chunk_size} is no number of positions",
-                self.chunk_size is not None and self.chunk_size < 1,
-            ),
-            "teacher_weights": (
-                f"{weights} are not one positive number for each of {len(self.teachers)} teachers",
-                bool(weights) and (len(weights) != len(self.teachers) or min(weights) <= 0),
-            ),
-        }
-        for name, (what, is_so) in wrong.items():
-            if is_so:
-                raise CompressError(f"{name} {what}", where=f"distill.{name}")
-
-    def _check_cached(self) -> None:
-        wrong = {
-            "features need a teacher's blocks, and a cache holds its answers only": bool(self.features),
-            f"a cache of sampled answers gives forward_kl, not {self.loss}": self.loss != "forward_kl",
-            "a cache has one teacher": bool(self.teachers),
-        }
-        for what, is_so in wrong.items():
-            if is_so:
-                raise CompressError(what, where="distill.teacher_cache", next_step="use the teacher itself")
+        check_options(self)
 
     @property
     def learns_from_base(self) -> bool:
@@ -248,7 +197,8 @@ class Distillation(Technique):
 
     def _objective(self, step: Step, teachers: Sequence[Teacher], labels: Tensor | None = None) -> Objective:
         measure = not step.model.training and self._distribution != "values" and bool(teachers)
-        return Objective(self._soft, teachers, self.weight, step.task_weight, labels, measure)
+        heard = teachers if self.weight or measure else []
+        return Objective(self._soft, heard, self.weight, step.task_weight, labels, measure)
 
     def loss_terms(self, step: Step) -> dict[str, Tensor]:
         terms = {}
