@@ -25,7 +25,10 @@ def rkd_distance(student: Tensor, teacher: Tensor, mask: Tensor, *, positions: i
     pairs = valid[:, :, None] & valid[:, None] & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
 
     def distances(x: Tensor) -> Tensor:
-        squares = (x[:, :, None] - x[:, None]).square().sum(-1)
+        x = x - _centre(x, valid)  # by inner products, which lose digits far from the origin
+        products = x @ x.transpose(1, 2)
+        length = products.diagonal(dim1=1, dim2=2)
+        squares = length[:, :, None] + length[:, None] - 2 * products
         found = squares.clamp_min(1e-12).sqrt().masked_fill(~pairs, 0.0)
         mean = found.sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)
         return found / mean.clamp_min(1e-12)[:, None, None]
@@ -52,6 +55,11 @@ def rkd_angle(student: Tensor, teacher: Tensor, mask: Tensor, *, positions: int 
         return edges @ edges.transpose(-1, -2)
 
     return _mean(F.smooth_l1_loss(angles(ours), angles(theirs), reduction="none"), triples)
+
+
+def _centre(x: Tensor, valid: Tensor) -> Tensor:
+    total = x.masked_fill(~valid[..., None], 0.0).sum(1, keepdim=True)
+    return total / valid.sum(1).clamp_min(1)[:, None, None]
 
 
 def _mean(each: Tensor, where: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def process(
         peer = name in ("gkd", "loss-trl")
         command = [str(args.peer) if peer else sys.executable, str(Path(__file__).with_name("distillation_arm.py"))]
         command += ["--arm", name, "--vocabulary", str(vocabulary), "--layers", str(layers), "--width", str(WIDTH)]
-        command += ["--tokens", str(tokens), "--steps", str(args.steps), "--out", str(out.absolute())]
+        steps = 2 if which == "memory" else args.steps
+        command += ["--tokens", str(tokens), "--steps", str(steps), "--out", str(out.absolute())]
         alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         if which == "memory":  # else the C library keeps what is freed, more or less of it by chance
             alone["MALLOC_MMAP_THRESHOLD_"] = "1000000"
@@ -80,6 +81,16 @@ def main() -> None:
         target = f"<= {limit}x" if limit else "-"
         figures.append(figure(label, value, target, limit is None or value <= limit))
 
+    for vocabulary in VOCABULARIES:
+        here = {name: arm(name, vocabulary, 0, 4 * args.tokens, args) for name in LOSSES}
+        runs |= {f"{name} {vocabulary}": found for name, found in here.items()}
+        label = f"loss and backward, {vocabulary:,}"
+        ratio(f"{label}: chunked / naive, peak memory", here["loss-chunked"], here["loss-naive"], "peak_mb", 0.2)
+        ratio(f"{label}: chunked / naive, CPU time", here["loss-chunked"], here["loss-naive"], "step_seconds", None)
+        ratio(f"{label}: chunked / TRL, peak memory", here["loss-chunked"], here["loss-trl"], "peak_mb", 1.0)
+        ratio(f"{label}: chunked / TRL, CPU time", here["loss-chunked"], here["loss-trl"], "step_seconds", 1.0)
+        for a, b in zip(here["loss-chunked"]["gradients"], here["loss-naive"]["gradients"], strict=True):
+            assert abs(a / b - 1) < 1e-3, "the arms do not compute the same"
     for trunk, layers in TRUNKS.items():
         for vocabulary in VOCABULARIES:
             here = {name: arm(name, vocabulary, layers, args.tokens, args) for name in STEPS}
@@ -92,16 +103,6 @@ def main() -> None:
             ratio(f"{label}: whole logits / floor, peak memory", here["whole"], here["floor"], "peak_mb", None)
             ratio(f"{label}: chunked / TRL GKD, CPU time", here["chunked"], here["gkd"], "step_seconds", 1.0)
             ratio(f"{label}: chunked / TRL GKD, peak memory", here["chunked"], here["gkd"], "peak_mb", 1.0)
-    for vocabulary in VOCABULARIES:
-        here = {name: arm(name, vocabulary, 0, 4 * args.tokens, args) for name in LOSSES}
-        runs |= {f"{name} {vocabulary}": found for name, found in here.items()}
-        label = f"loss and backward, {vocabulary:,}"
-        ratio(f"{label}: chunked / naive, peak memory", here["loss-chunked"], here["loss-naive"], "peak_mb", 0.2)
-        ratio(f"{label}: chunked / naive, CPU time", here["loss-chunked"], here["loss-naive"], "step_seconds", None)
-        ratio(f"{label}: chunked / TRL, peak memory", here["loss-chunked"], here["loss-trl"], "peak_mb", 1.0)
-        ratio(f"{label}: chunked / TRL, CPU time", here["loss-chunked"], here["loss-trl"], "step_seconds", 1.0)
-        for a, b in zip(here["loss-chunked"]["gradients"], here["loss-naive"]["gradients"], strict=True):
-            assert abs(a / b - 1) < 1e-3, "the arms do not compute the same"
     record(
         "distillation_cost",
         what=f"CPU time and peak anonymous memory of distillation steps, width {WIDTH}, {args.tokens} tokens a step "
