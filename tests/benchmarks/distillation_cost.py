@@ -47,7 +47,7 @@ def process(
         peer = name in ("gkd", "loss-trl")
         command = [str(args.peer) if peer else sys.executable, str(Path(__file__).with_name("distillation_arm.py"))]
         command += ["--arm", name, "--vocabulary", str(vocabulary), "--layers", str(layers), "--width", str(WIDTH)]
-        steps = 2 if which == "memory" else args.steps
+        steps = 1 if which == "memory" else args.steps
         command += ["--tokens", str(tokens), "--steps", str(steps), "--out", str(out.absolute())]
         alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         if which == "memory":  # else the C library keeps what is freed, more or less of it by chance

@@ -106,6 +106,18 @@ def test_each_feature_lowers_itself(tmp_path: Path) -> None:
     assert not run.model.model.layers[1]._forward_hooks
 
 
+def test_a_base_and_its_adapters_are_watched_apart(tmp_path: Path) -> None:
+    """Student and teacher are the same modules, run after one another."""
+    from peft import LoraConfig, get_peft_model
+
+    student = get_peft_model(tiny("llama"), LoraConfig(target_modules="all-linear", r=4, lora_dropout=0.0))
+    run = trainer(student, tmp_path, [Distillation("base", features={"hidden_mse": 1.0})])
+    run.train()
+    values = [entry["loss_hidden_mse"] for entry in run.state.log_history if "loss" in entry]
+    assert values[0] == pytest.approx(0, abs=1e-6)
+    assert values[-1] > 1e-4
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     found = []
