@@ -106,6 +106,32 @@ def test_each_feature_lowers_itself(tmp_path: Path) -> None:
     assert not run.model.model.layers[1]._forward_hooks
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_positions_weigh_alike_in_language_models_and_examples_in_classifiers(name: str, tmp_path: Path) -> None:
+    student, teacher = tiny(name), tiny(name, seed=1)
+    run = trainer(student, tmp_path, [Distillation(teacher, features={"hidden_mse": 0.5}, layer_map="last")])
+    batch = collate([rows(classes=name == "bert")[i] for i in range(3)])
+    student.eval()
+    with torch.no_grad():
+        run.compute_loss(run.model, dict(batch))
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    ours, theirs = (watched_on(model, inputs) for model in (student, teacher))
+    each = (ours - theirs).square().mean(-1) / theirs.square().mean(-1)
+    if name == "llama":
+        expected = each[:, :-1][batch["labels"][:, 1:] != -100].mean()
+    else:
+        mask = batch["attention_mask"]
+        expected = ((each * mask).sum(1) / mask.sum(1)).mean()
+    torch.testing.assert_close(run._eval_logged["hidden_mse"][0], 0.5 * expected)
+
+
+def watched_on(model: Any, inputs: Any) -> torch.Tensor:
+    capture = Capture(model, {("hidden", 1)})
+    with torch.no_grad(), capture.on():
+        model(**inputs)
+    return capture.found["hidden", 1]
+
+
 def test_a_base_and_its_adapters_are_watched_apart(tmp_path: Path) -> None:
     """Student and teacher are the same modules, run after one another."""
     from peft import LoraConfig, get_peft_model
