@@ -1,4 +1,4 @@
-"""hf-compress: run, plan, evaluate, verify, card, publish, list."""
+"""hf-compress: run, plan, evaluate, verify, card, publish, cache-teacher, list."""
 
 from __future__ import annotations
 
@@ -185,6 +185,53 @@ def card(folder: FolderArgument) -> None:
     from hf_compress.card import write_card
 
     console.print(str(write_card(folder)))
+
+
+@app.command("cache-teacher")
+def cache_teacher(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option(help="folder to fill; run again to go on after an interruption")],
+    teacher: Annotated[str | None, typer.Option(help="folder or Hub id; none: the recipe's model")] = None,
+    kind: Annotated[str, typer.Option(help="samples: unbiased draws; topk: the likeliest and a tail")] = "samples",
+    samples: Annotated[int, typer.Option(help="draws, or likeliest classes, at each position")] = 12,
+    temperature: Annotated[float, typer.Option(help="the `temperature` of the training that will use it")] = 2.0,
+    part: Annotated[str, typer.Option(help="i/n: every n-th shard from the i-th, for n processes at once")] = "0/1",
+    set_: Overrides = None,
+) -> None:
+    """Write a teacher's answers to a recipe's training data, for `distill: {teacher_cache: FOLDER}`."""
+    from dataclasses import replace
+
+    from hf_compress.data import prepare
+    from hf_compress.errors import CompressError
+    from hf_compress.recipe import load
+    from hf_compress.source import load_tokenizer
+    from hf_compress.teacher_cache import bytes_of, cache_teacher
+
+    loaded = load(recipe, set_)
+    numbers = part.split("/")
+    if loaded.data is None or len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        raise CompressError(
+            "the recipe has no data" if loaded.data is None else f"--part {part!r} is not i/n",
+            where="cache-teacher",
+            next_step="add a `data:` section" if loaded.data is None else "--part 0/4 to --part 3/4",
+        )
+    source = loaded.model if teacher is None else replace(loaded.model, id=teacher, config=None, tokenizer=None)
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise CompressError("the teacher has no tokenizer", where="cache-teacher", next_step="set model.tokenizer")
+    cache_teacher(
+        source,
+        prepare(loaded.data, tokenizer, task="causal-lm"),
+        tokenizer,
+        output,
+        kind=kind,
+        samples=samples,
+        temperature=temperature,
+        seed=loaded.seed,
+        part=(int(numbers[0]), int(numbers[1])),
+        say=lambda text: console.print(f"[bold]> {text}[/bold]"),
+    )
+    console.print(f"{bytes_of(output) / 1e6:.1f} MB: distill: {{teacher_cache: {output}, temperature: {temperature}}}")
 
 
 @app.command("list")

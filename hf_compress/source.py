@@ -151,7 +151,7 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
             del model.config.quantization_config
             model.hf_quantizer, model.is_quantized = None, False
     disable_cpu_packing(model)
-    return model.eval(), _load_tokenizer(source)
+    return model.eval(), load_tokenizer(source)
 
 
 def _refuse_pickles(source: ModelSource) -> None:
@@ -194,7 +194,8 @@ def load_meta(source: ModelSource) -> PreTrainedModel:
     return model
 
 
-def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the model, or where the source says; None for a model from a config without one."""
     where = source.tokenizer or source.id
     if where is None:
         return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import HubStrategy
 
 from hf_compress.errors import CompressError
+from hf_compress.heads import count as count_items
+from hf_compress.heads import head_of, targets
 from hf_compress.hub import create
 from hf_compress.techniques.base import Step, Technique
 from hf_compress.techniques.distillation import Distillation
@@ -36,12 +40,13 @@ class CompressionTrainer(Trainer):
     Args:
         techniques: in any order; the order changes nothing.
         task_weight: 0 trains on the techniques' terms alone.
+        peft_config: a peft config: the model trains through adapters of that kind.
         others: as `transformers.Trainer`.
 
     Raises:
-        CompressError: two techniques of one kind; a model that is neither a causal LM nor a classifier; a second
-        train(); DeepSpeed, FSDP or label smoothing are asked for; whatever a technique finds wrong before
-        training.
+        CompressError: two techniques of one kind; a model whose labels' positions are not known (see
+        `hf_compress.heads`); a second train(); DeepSpeed, FSDP or label smoothing are asked for; whatever a technique
+        finds wrong before training.
     """
 
     loss_is_scaled_for_ga = True
@@ -56,6 +61,7 @@ class CompressionTrainer(Trainer):
         techniques: Sequence[Technique] = (),
         task_weight: float = 1.0,
         args: TrainingArguments,
+        peft_config: Any = None,
         **others: Any,
     ) -> None:
         if args.deepspeed or args.fsdp or args.label_smoothing_factor:
@@ -77,13 +83,19 @@ class CompressionTrainer(Trainer):
         self._logged: dict[str, Tensor] = {}
         self._logged_steps = 0
         self._eval_logged: dict[str, list[Tensor]] = defaultdict(list)
-        student = type(base_of(model)).__name__
-        if techniques and not student.endswith(("ForCausalLM", "LMHeadModel", "ForSequenceClassification")):
+        self._head = head_of(base_of(model))
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        self._chunked = any(isinstance(t, Distillation) and t.chunked for t in techniques)
+        if self._chunked and (args.torch_compile or self._head not in ("causal", "seq2seq")):
             raise CompressError(
-                f"where the labels of {student} stand is not known here",
-                where="CompressionTrainer",
-                next_step="techniques take causal language models and sequence classifiers",
+                "chunked losses are for language models that are not compiled",
+                where="distill.chunked",
+                next_step="set chunked: false, or leave torch_compile out",
             )
+        self._logits_wanted = False
         self._trained = False
         for technique in self.techniques:
             technique.check()
@@ -98,10 +110,6 @@ class CompressionTrainer(Trainer):
     def _student(self) -> PreTrainedModel:
         return base_of(self.model)
 
-    @property
-    def _causal(self) -> bool:
-        return "SequenceClassification" not in type(self._student).__name__
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         made = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
@@ -113,10 +121,7 @@ class CompressionTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        labels = [batch["labels"] for batch in batch_samples]
-        count = torch.tensor(
-            sum(int((x[..., 1:] != -100).sum()) if self._causal else len(x) for x in labels), device=device
-        )
+        count = torch.tensor(sum(count_items(self._head, batch["labels"]) for batch in batch_samples), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count.clamp_min(1)
@@ -140,16 +145,26 @@ class CompressionTrainer(Trainer):
             assert num_items_in_batch is not None
         if model.training and not self._logged:
             self._logged_steps = self.state.global_step
-        request = {k: v for technique in self.techniques for k, v in technique.request().items()}
-        extra = {"num_items_in_batch": num_items_in_batch} if self._causal and self.model_accepts_loss_kwargs else {}
-        outputs = model(**inputs, **request, **extra)
-        task = outputs.loss
-        if not extra:  # a mean over this micro-batch, as stock classification and regression losses are
-            seen = int((labels[..., 1:] != -100).sum()) if self._causal else len(labels)
-            task = task * seen / num_items_in_batch
-        shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100) if self._causal else labels
-        step = Step(base_of(model), inputs, outputs, shifted, num_items_in_batch)
-        terms = {"task": self.task_weight * task}
+        student = base_of(model)
+        if self._head == "seq2seq" and "decoder_input_ids" not in inputs:
+            inputs = inputs | {"decoder_input_ids": student.prepare_decoder_input_ids_from_labels(labels=labels)}
+        chunked = self._chunked and not self._logits_wanted
+        aligned, weight = targets(self._head, labels), self.task_weight if model.training else 1.0
+        step = Step(student, inputs, self._head, aligned, num_items_in_batch, weight, chunked)
+        given = {k: v for k, v in inputs.items() if k != "labels"} if chunked else inputs
+        scaled = self._head == "causal" and self.model_accepts_loss_kwargs and not chunked
+        with ExitStack() as stack:
+            for technique in self.techniques:
+                stack.enter_context(technique.around(step))
+            outputs = model(**given, **({"num_items_in_batch": num_items_in_batch} if scaled else {}))
+        step.outputs = outputs
+        terms: dict[str, Tensor] = {}
+        if not chunked:
+            task = outputs.loss
+            if not scaled:  # a mean over this micro-batch, of nothing where it holds no labels
+                seen = count_items(self._head, labels)
+                task = task * seen / num_items_in_batch if seen else outputs.logits.sum() * 0.0
+            terms["task"] = weight * task
         for technique in self.techniques:
             more = technique.loss_terms(step)
             assert not terms.keys() & more.keys(), f"two loss terms of one name: {terms.keys() & more.keys()}"
@@ -165,9 +180,15 @@ class CompressionTrainer(Trainer):
             for name, value in terms.items():
                 if name != "task":
                     self._eval_logged[name].append(value.detach() * factor)
-            loss = task * factor
-        # hidden states asked for by a technique must not be gathered as predictions
+            loss = terms["task"].detach() * factor
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kw: Any) -> Any:
+        self._logits_wanted = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
+        finally:
+            self._logits_wanted = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._logged:
@@ -180,6 +201,10 @@ class CompressionTrainer(Trainer):
         if "eval_loss" in logs:
             logs |= {f"eval_{name}": float(torch.stack(values).mean()) for name, values in self._eval_logged.items()}
             self._eval_logged.clear()
+            for technique in self.techniques:
+                for name, pair in technique.measures().items():
+                    both = self.accelerator.reduce(torch.stack(pair).to(self.args.device), "sum")
+                    logs[f"eval_{name}"] = float(both[0] / both[1].clamp_min(1))
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -329,21 +354,19 @@ class _OwnParameters(TrainerCallback):
 
 
 class DistillationTrainer(CompressionTrainer):
-    """``DistillationTrainer(student, teacher_model="org/teacher", temperature=2.0, args=..., train_dataset=...)``."""
+    """``DistillationTrainer(student, "org/teacher", temperature=2.0, args=..., train_dataset=...)``; takes
+    every field of `Distillation`."""
 
     def __init__(
         self,
         model: nn.Module,
-        teacher_model: Any,
+        teacher_model: Any = None,
         *,
         techniques: Sequence[Technique] = (),
-        loss: str = "forward_kl",
-        temperature: float = 2.0,
-        hidden_weight: float = 0.0,
         **others: Any,
     ) -> None:
-        first = Distillation(teacher_model, loss=loss, temperature=temperature, hidden_weight=hidden_weight)
-        super().__init__(model, techniques=[first, *techniques], **others)
+        own = {field.name: others.pop(field.name) for field in fields(Distillation) if field.name in others}
+        super().__init__(model, techniques=[Distillation(teacher_model, **own), *techniques], **others)
 
 
 class PruningTrainer(CompressionTrainer):

@@ -46,7 +46,7 @@ def classifier(tmp_path: Path) -> dict[str, Any]:
             {
                 "name": "distil",
                 "train": {
-                    "distill": {"teacher_model": "dense", "layer_map": [0, 2], "hidden_weight": 0.5},
+                    "distill": {"teacher_model": "dense", "layer_map": "record", "features": {"hidden_mse": 0.5}},
                     "args": dict(ARGS),
                 },
             },
@@ -93,6 +93,7 @@ def test_classifier_from_recipe_to_card(classifier: dict[str, Any], tmp_path: Pa
     result = compress(parse(classifier), tmp_path / "out")
     found = result.facts["evaluation"]["artefacts"]
     assert list(found) == ["dense", "plain_onnx", "root", "onnx"]
+    assert result.facts["stages"][2]["facts"]["techniques"]["Distillation"]["layer_map"] == [0, 2]  # as shrink kept
     assert found["root"]["bytes"] < found["dense"]["bytes"] / 2
     assert all(
         "accuracy_difference" in found[n] and found[n]["latency"]["1"]["speedup_wall"]
@@ -105,6 +106,12 @@ def test_classifier_from_recipe_to_card(classifier: dict[str, Any], tmp_path: Pa
     assert f"{100 * found['onnx']['accuracy']['value']:.2f}%" in card
     with pytest.raises(CompressError, match="exists"):
         compress(parse(classifier), tmp_path / "out")
+
+
+def test_a_record_of_layers_needs_a_shrink_stage(decoder: dict[str, Any], tmp_path: Path) -> None:
+    decoder["stages"][1]["train"]["distill"] |= {"layer_map": "record", "features": {"cka": 1.0}}
+    with pytest.raises(CompressError, match="no shrink stage"):
+        compress(parse(decoder), tmp_path / "out")
 
 
 def test_decoder_keeps_its_zeros_and_covers_its_experts(decoder: dict[str, Any], tmp_path: Path) -> None:

@@ -11,12 +11,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.backends import Written, backends
-from hf_compress.bnb_guard import disable_cpu_packing
+from hf_compress.bnb_guard import BLOCK, disable_cpu_packing, unfit
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
 from hf_compress.weights import Weight, weights
-
-BLOCK = 64
 
 
 def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float | str:
@@ -24,10 +22,8 @@ def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float
     out, width = weight.shape
     if weight.kind == "expert":
         return "stacked experts are not nn.Linear, the only thing bitsandbytes replaces"
-    if bits == 8 and weight.module_name.endswith("kv_b_proj"):
-        return "MLA calls kv_b_proj with four dimensions, bitsandbytes int8 takes three"
-    if bits == 4 and width % BLOCK:
-        return f"{width} inputs are no multiple of {BLOCK}: bitsandbytes decodes them wrong on a CPU"
+    if why := unfit(weight.module_name, width, bits=bits):
+        return why
     return out * width + 4 * out if bits == 8 else out * width / 2 + 4 * out * width / BLOCK
 
 

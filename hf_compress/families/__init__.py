@@ -43,6 +43,8 @@ class Family:
         model_types: the `config.model_type` values it serves.
         blocks: the block list, relative to `model.base_model`.
         attention: groups of matrices in the order data flows; the members of one group read the same input.
+        qkv: whose outputs are queries, keys and values: three modules, one that holds all three, or the two of latent
+            attention (queries; the unrotated keys and the values of each head).
         up, down: the FFN's first matrices (their outputs are the FFN channels) and its last one.
         width: config field holding the number of FFN channels.
         num_layers: config field holding the number of blocks.
@@ -60,6 +62,7 @@ class Family:
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
     )
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     width: str = "intermediate_size"

@@ -11,6 +11,7 @@ add_family(
             ("attention.self.query", "attention.self.key", "attention.self.value"),
             ("attention.output.dense",),
         ),
+        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
         up=("intermediate.dense",),
         down="output.dense",
         per_layer_fields=(),

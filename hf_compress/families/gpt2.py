@@ -8,6 +8,7 @@ add_family(
         model_types=("gpt2",),
         blocks="h",
         attention=(("attn.c_attn",), ("attn.c_proj",)),
+        qkv=("attn.c_attn",),
         up=("mlp.c_fc",),
         down="mlp.c_proj",
         width="n_inner",

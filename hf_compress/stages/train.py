@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import signal
 import typing
@@ -168,12 +169,16 @@ class Train(Stage):
 
     @staticmethod
     def _resolved(technique: Technique, work: Work) -> Technique:
-        """A copy, its teacher's name in the recipe (``dense``, a stage) replaced by the folder it stands for."""
-        if isinstance(technique, Distillation) and isinstance(technique.teacher_model, str):
-            return dataclasses.replace(
-                technique, teacher_model=work.stages.get(technique.teacher_model, technique.teacher_model)
-            )
-        return dataclasses.replace(technique)
+        """A copy, its teachers' names in the recipe (``dense``, a stage) replaced by the folders they stand for, and
+        the layer map ``record`` by the layers that shrink stages since the teacher kept."""
+        if not isinstance(technique, Distillation):
+            return dataclasses.replace(technique)
+        first = work.stages.get(str(technique.teacher_model), technique.teacher_model)
+        several = [work.stages.get(name, name) for name in technique.teachers]
+        mapped = technique.layer_map
+        if mapped == "record":
+            mapped = _kept_layers(work, several[0] if several else str(first))
+        return dataclasses.replace(technique, teacher_model=first, teachers=several, layer_map=mapped)
 
     def _arguments(self, folder: str, seed: int) -> TrainingArguments:
         defaults: dict[str, Any] = {
@@ -249,6 +254,29 @@ class Train(Stage):
             model, LoraConfig(**({"task_type": kind, "target_modules": "all-linear"} | (self.lora or {})))
         )
         return adapted
+
+
+def _kept_layers(work: Work, teacher: str) -> list[int]:
+    """The teacher's layer that each layer of the model was, by the records of the stages between the two.
+
+    Raises:
+        CompressError: no stage since the teacher removed layers, or the teacher is not of this recipe.
+    """
+    names = [name for name in work.stages if name != "dense"]
+    origin = next((i for i, name in enumerate(names) if work.stages[name] == teacher), None)
+    kept: list[int] | None = None
+    for name in names[origin + 1 :] if origin is not None else []:
+        record = json.loads((Path(work.stages[name]).parent / "record.json").read_text())
+        layers = record["facts"].get("kept_layers")
+        if layers is not None:
+            kept = [kept[index] for index in layers] if kept is not None else layers
+    if kept is None:
+        raise CompressError(
+            "no shrink stage between the teacher and here says which layers it kept",
+            where="train.distill.layer_map: record",
+            next_step="use a list, uniform or last, or a teacher of this recipe from before the shrink stage",
+        )
+    return kept
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:

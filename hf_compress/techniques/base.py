@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,30 +15,35 @@ if TYPE_CHECKING:
     from hf_compress.trainer import CompressionTrainer
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """One micro-batch, as a loss term sees it.
 
-    model: the student, unwrapped. inputs: what its forward was given. outputs: what it returned (with everything
-    `request` asked for).
-    labels: (batch, positions) shifted so that labels[:, t] is what logits[:, t] predicts, -100 where nothing is;
-    (batch,) for classifiers.
+    model: the student, unwrapped. inputs: what its forward was given.
+    head: what kind of head it has, see `hf_compress.heads`.
+    labels: (batch, positions) where labels[:, t] is what logits[:, t] predicts, -100 where nothing is; of sequence
+    classifiers (batch,) or (batch, labels).
     num_items: how many label positions (or examples) the whole accumulated batch holds, on all ranks that share the
     average:
         a per-position term is its sum over this micro-batch divided by `num_items`.
+    task_weight: of the task loss. chunked: a technique makes the task loss too, from hidden states.
+    outputs: what the forward returned, None before it.
     """
 
     model: nn.Module
     inputs: Mapping[str, Any]
-    outputs: Any
+    head: str
     labels: Tensor
     num_items: Tensor | int
+    task_weight: float
+    chunked: bool = False
+    outputs: Any = None
 
 
 class Technique(TrainerCallback):
     """Base of `Distillation`, `Pruning`, `QAT`: a dataclass (``eq=False``) whose fields are the recipe's keys.
 
-    The order of calls: `check`, `attach`, `prepare`, then every step `request` and `loss_terms` and the callback
+    The order of calls: `check`, `attach`, `prepare`, then every step `around` and `loss_terms` and the callback
     events of transformers, `finalize`.
     """
 
@@ -56,12 +62,18 @@ class Technique(TrainerCallback):
         """Parameters of its own that train with the model (projections, learned scales), as a group of their own."""
         return []
 
-    def request(self) -> dict[str, Any]:
-        """Keyword arguments the student's forward needs for this technique (``output_hidden_states=True``)."""
-        return {}
+    @contextmanager
+    def around(self, step: Step) -> Iterator[None]:
+        """Around the student's forward: what must happen before it, and what watches it."""
+        yield
 
     def loss_terms(self, step: Step) -> dict[str, Tensor]:
         """Name -> weighted term (a scalar), added to the loss and logged under its name."""
+        return {}
+
+    def measures(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> sum and count since the last call, over this rank's evaluation batches; logged as ``eval_<name>``,
+        the mean over all ranks."""
         return {}
 
     def state(self) -> dict[str, Tensor]:

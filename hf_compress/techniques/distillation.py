@@ -1,38 +1,51 @@
-"""Learn from a teacher: its soft targets, and its hidden states where the widths need a projection."""
+"""Learn from teachers: their soft targets, online or from a cache, and what happens inside their blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_compress.bnb_guard import disable_cpu_packing
 from hf_compress.errors import CompressError
+from hf_compress.heads import distribution
+from hf_compress.heads import head_of as kind_of
 from hf_compress.losses import losses
 from hf_compress.techniques.base import Step, Technique
-from hf_compress.weights import base_of, blocks_of
+from hf_compress.techniques.capture import Capture
+from hf_compress.techniques.chunked import (
+    Head,
+    ask,
+    chunked_loss,
+    head_of,
+    head_stands_in,
+)
+from hf_compress.techniques.distillation_options import check_options
+from hf_compress.techniques.features import FeatureTerm, feature_terms
+from hf_compress.techniques.offline import Cache
+from hf_compress.techniques.soft_targets import FromOutputs, Objective, Online, SoftTargets, Teacher
+from hf_compress.techniques.teacher import BASE, answering, as_classes, check_vocabulary, load_teacher
+from hf_compress.weights import base_of
 
 if TYPE_CHECKING:
     from hf_compress.trainer import CompressionTrainer
 
-# what a recipe may say of how a teacher is loaded: nothing that runs code or reads pickles, no tokens
-TEACHER_OPTIONS = ("attn_implementation", "device_map", "dtype", "experts_implementation", "revision", "subfolder")
-CHUNK = 256  # positions whose probabilities exist at once
-
 
 @dataclass(eq=False)
 class Distillation(Technique):
-    """``Distillation(teacher_model="org/teacher", temperature=2.0)``: adds ``kl`` (and ``hidden``) to the loss.
+    """``Distillation(teacher_model="org/teacher", temperature=2.0)``: adds ``distill`` (and one term for each of
+    `features`) to the loss.
 
-    kl = weight * sum over predicted positions of loss(student, teacher) / num_items.
-    hidden = hidden_weight * the mean over student blocks of `hidden_mse` to the mapped teacher block, over the same
-    positions (classifiers: over each example's own tokens, averaged within the example).
+    distill = weight * sum over predicted positions of T^2 loss(student / T, teacher / T) / num_items; of several
+    teachers the weighted mean. A feature's term = its weight * sum over sequences of (mean over mapped blocks of its
+    loss) * items of the sequence / num_items, where items are predicted positions, or 1 for a sequence classifier.
+
+    Names are TRL's where TRL has one. At evaluation `eval_kl` (KL(first teacher || student) at temperature 1) and
+    `eval_agreement` (of the likeliest class) are means over all items.
     """
 
     teacher_model: str | None = (
@@ -46,221 +59,233 @@ class Distillation(Technique):
     loss: str = field(default="forward_kl", metadata={"help": "logit loss: see `hf-compress list losses`"})
     temperature: float = field(default=2.0, metadata={"help": "softens both distributions"})
     weight: float = field(default=1.0, metadata={"help": "weight of the logit loss"})
-    hidden_weight: float = field(default=0.0, metadata={"help": "weight of the hidden-state loss"})
-    layer_map: list[int] | None = field(
-        default=None, metadata={"help": "teacher block of each student block; none: evenly spaced"}
+    beta: float = field(default=0.5, metadata={"help": "of jsd, as in TRL: 0 is forward KL, 1 is reverse KL"})
+    alpha: float = field(default=0.1, metadata={"help": "of skew_kl: the share of its own side in the mixture"})
+    chunked: bool = field(
+        default=False,
+        metadata={"help": "logits a few positions at a time, task loss too: never a whole batch of vocabularies"},
+    )
+    chunk_size: int | None = field(
+        default=None, metadata={"help": "positions in a chunk; none: an eighth, 128 to 512"}
+    )
+    features: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "{loss: weight} or {loss: {weight:, layer_map:, option:}} of what blocks compute"},
+    )
+    layer_map: list[int] | str | None = field(
+        default=None,
+        metadata={
+            "help": "teacher block of each student block: a list, `uniform` (the default), `last`, or `record`: as "
+            "the shrink stages of the recipe kept them"
+        },
     )
     teacher_model_init_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "passed to the teacher's from_pretrained"}
     )
+    teacher_bits: int | None = field(default=None, metadata={"help": "8 or 4: load the teacher by bitsandbytes"})
+    teachers: list[str] = field(default_factory=list, metadata={"help": "several, instead of teacher_model"})
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "answers that `hf-compress cache-teacher` wrote: no teacher in memory (forward_kl only)"},
+    )
+    teacher_weights: list[float] = field(default_factory=list, metadata={"help": "of `teachers`; none: equal"})
 
     def check(self) -> None:
-        if self.teacher_model is None:
-            raise CompressError(
-                "distillation needs a teacher",
-                where="distill.teacher_model",
-                next_step="a folder, a Hub id, or `dense` in a recipe",
-            )
-        if losses.entry(self.loss, where="distill.loss").traits["kind"] != "logits":
-            raise CompressError(
-                f"{self.loss!r} is not a logit loss",
-                where="distill.loss",
-                next_step="hidden states are weighted by hidden_weight",
-            )
-        for key in self.teacher_model_init_kwargs:
-            if key not in TEACHER_OPTIONS:
-                raise CompressError(
-                    f"the teacher cannot be loaded with {key!r}",
-                    where="distill.teacher_model_init_kwargs",
-                    next_step="allowed: " + ", ".join(TEACHER_OPTIONS),
-                )
-        if not self.temperature > 0:
-            raise CompressError(f"temperature {self.temperature} is not positive", where="distill.temperature")
+        check_options(self)
+
+    @property
+    def learns_from_base(self) -> bool:
+        """Whether a teacher is the model under a LoRA student."""
+        return BASE in self.teachers or (isinstance(self.teacher_model, str) and self.teacher_model == BASE)
 
     def attach(self, model: nn.Module) -> None:
         student = base_of(model)
-        self._projections, self._map = nn.ModuleList(), list[int]()
-        self.teacher = self._load_teacher(model)
-        teacher = base_of(self.teacher)
-        if (
-            teacher.config.num_labels != student.config.num_labels
-            and "SequenceClassification" in type(student).__name__
-        ):
+        self._cache = None if self.teacher_cache is None else Cache(self.teacher_cache)
+        if self._cache is not None and kind_of(student) != "causal":
+            raise CompressError("only causal language models have a cache", where="distill.teacher_cache")
+        self._given: list[Any] = list(self.teachers) or ([] if self._cache else [self.teacher_model])
+        weights = self.teacher_weights or [1.0] * len(self._given)
+        self._shares = [w / sum(weights) for w in weights]
+        init, bits = self.teacher_model_init_kwargs, self.teacher_bits
+        self._teachers = [load_teacher(given, model, init=init, bits=bits) for given in self._given]
+        traits = losses.entry(self.loss).traits
+        self._soft = SoftTargets(
+            self.loss, self.temperature, {name: getattr(self, name) for name in traits.get("options", ())}
+        )
+        self._distribution = distribution(student)
+        if self.weight and self._distribution == "values" and traits["kind"] != "values":
             raise CompressError(
-                f"the teacher has {teacher.config.num_labels} labels, the student {student.config.num_labels}",
-                where="distill.teacher_model",
+                f"a regression head has no distribution for {self.loss}",
+                where="distill.loss",
+                next_step="loss: mse",
             )
-        if self.hidden_weight:
-            self._map = self._layers(len(blocks_of(student)), len(blocks_of(teacher)))
-            ours, theirs = student.config.hidden_size, teacher.config.hidden_size
-            if ours != theirs:
-                torch.manual_seed(0)
-                self._projections = nn.ModuleList(nn.Linear(ours, theirs, bias=False) for _ in self._map)
-
-    def _load_teacher(self, model: nn.Module) -> nn.Module:
-        if self.teacher_model == "base":
-            if not hasattr(model, "disable_adapter"):
-                raise CompressError(
-                    "`base` is the model under a LoRA student, and this student has no adapters",
-                    where="distill.teacher_model",
-                )
-            return model
-        if isinstance(self.teacher_model, str):
-            auto = (
-                AutoModelForSequenceClassification
-                if "SequenceClassification" in type(base_of(model)).__name__
-                else AutoModelForCausalLM
-            )
-            teacher: nn.Module = auto.from_pretrained(
-                self.teacher_model, **self.teacher_model_init_kwargs, use_safetensors=True, trust_remote_code=False
-            )
-            disable_cpu_packing(teacher)
-        else:
-            teacher = cast(nn.Module, self.teacher_model)
-        return teacher.eval().requires_grad_(False)
-
-    def _layers(self, ours: int, theirs: int) -> list[int]:
-        if self.layer_map is None:
-            return [round((i + 1) * theirs / ours) - 1 for i in range(ours)]
-        if len(self.layer_map) != ours or not all(0 <= t < theirs for t in self.layer_map):
-            raise CompressError(
-                f"layer_map {self.layer_map} does not map {ours} student blocks to some of {theirs} teacher blocks",
-                where="distill.layer_map",
-                next_step="give a list of block indexes, or leave layer_map out",
-            )
-        return self.layer_map
+        self._terms: list[FeatureTerm] = []
+        self._captures: list[Capture] = []
+        if self.features:
+            self._terms = feature_terms(self.features, student, base_of(self._teachers[0]), self.layer_map)
+            sides = [{(t.kind, pair[side]) for t in self._terms for pair in t.pairs} for side in (0, 1)]
+            self._captures = [Capture(student, sides[0]), Capture(self._teachers[0], sides[1])]
+        self._heads: list[Head] = []
+        if self.chunked:
+            self._heads = [head_of(m) for m in (student, *self._teachers)]
+        self._measured = torch.zeros(3)
 
     def prepare(self, trainer: CompressionTrainer) -> None:
-        if self.teacher_model != "base":
-            if getattr(self.teacher, "hf_device_map", None) is None:
-                self.teacher = trainer.accelerator.prepare_model(self.teacher, evaluation_mode=True)
-            self._check_vocabulary(trainer)
-        self._projections.to(trainer.args.device)
-
-    def _check_vocabulary(self, trainer: CompressionTrainer) -> None:
-        ours, theirs = trainer.processing_class, base_of(self.teacher).config
-        if isinstance(self.teacher_model, str) and ours is not None:
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(self.teacher_model)
-            except (OSError, ValueError):
-                tokenizer = None  # a teacher saved without its tokenizer: the sizes below are all there is to compare
-            if tokenizer is not None and tokenizer.get_vocab() != ours.get_vocab():
-                raise CompressError(
-                    "teacher and student have different tokenizers: their logits are not about the same tokens",
-                    where=f"distill.teacher_model {self.teacher_model!r}",
-                    next_step="use a teacher of the same tokenizer",
-                )
-        size = base_of(trainer.model).config.vocab_size
-        smallest = len(ours) if ours is not None else max(size, theirs.vocab_size)
-        if min(size, theirs.vocab_size) < smallest:
-            raise CompressError(
-                f"teacher vocabulary {theirs.vocab_size}, student {size}",
-                where="distill.teacher_model",
-                next_step="use a teacher of the same tokenizer",
+        if self._cache is not None:
+            self._cache.check(
+                temperature=self.temperature,
+                tokenizer=trainer.processing_class,
+                teacher=self.teacher_model,
+                vocabulary=base_of(trainer.model).config.get_text_config().vocab_size,
             )
+        for index, given in enumerate(self._given):
+            if given != BASE:
+                teacher = self._teachers[index]
+                if getattr(teacher, "hf_device_map", None) is None:
+                    self._teachers[index] = trainer.accelerator.prepare_model(teacher, evaluation_mode=True)
+                check_vocabulary(trainer, given, teacher)
+        for term in self._terms:
+            term.projections.to(trainer.args.device)
 
     def parameters(self) -> list[nn.Parameter]:
-        return list(self._projections.parameters())
+        return [p for term in self._terms for p in term.projections.parameters()]
 
-    def request(self) -> dict[str, Any]:
-        return {"output_hidden_states": True} if self.hidden_weight else {}
+    @contextmanager
+    def around(self, step: Step) -> Iterator[None]:
+        inputs = {k: v for k, v in step.inputs.items() if k != "labels"}
+        answers: list[Teacher] = [self._answer(i, inputs, step.chunked) for i in range(len(self._teachers))]
+        answers += self._cached(step)
+        with ExitStack() as stack:
+            if self._captures:
+                stack.enter_context(self._captures[0].on())
+            if step.chunked:
+                stack.enter_context(head_stands_in(self._heads[0].module, self._chunks(step, answers)))
+            else:
+                self._answers = answers
+            yield
+
+    def _cached(self, step: Step) -> list[Teacher]:
+        """A cache holds training rows, so it has nothing to say at evaluation."""
+        return [self._cache.answers(step)] if self._cache is not None and step.model.training else []
+
+    def _answer(self, index: int, inputs: dict[str, Any], chunked: bool) -> Teacher:
+        """What one teacher says of a batch: its logits, or where the loss is chunked what reaches its head."""
+        teacher, share = self._teachers[index], self._shares[index]
+        with ExitStack() as stack:
+            stack.enter_context(answering(teacher, base=self._given[index] == BASE))
+            if index == 0 and self._captures:
+                stack.enter_context(self._captures[1].on())
+            if chunked:
+                return ask(teacher, self._heads[1 + index], inputs, share)
+            return Online(partial(_rows_of, as_classes(teacher(**inputs).logits, self._distribution)), share)
+
+    def _chunks(self, step: Step, teachers: Sequence[Teacher]) -> Callable[[Tensor], Tensor]:
+        """The student's head for one step: from what reaches it to the loss, in the shape of logits.
+
+        The loss is made inside the student's own forward and is what that returns, so that wrappers around the model
+        (DDP) see every parameter at work.
+        """
+
+        def head(hidden: Tensor) -> Tensor:
+            labels = step.labels.flatten() if step.task_weight or not step.model.training else None
+            objective = self._objective(step, teachers, labels)
+            total, self._sums = chunked_loss(self._heads[0], hidden, _trained(step), objective, self.chunk_size)
+            self._total = total
+            return total.expand(1, 1, 1)
+
+        return head
+
+    def _objective(self, step: Step, teachers: Sequence[Teacher], labels: Tensor | None = None) -> Objective:
+        measure = not step.model.training and self._distribution != "values" and bool(teachers)
+        heard = teachers if self.weight or measure else []
+        return Objective(self._soft, heard, self.weight, step.task_weight, labels, measure)
 
     def loss_terms(self, step: Step) -> dict[str, Tensor]:
-        inputs = {k: v for k, v in step.inputs.items() if k != "labels"}
-        training = step.model.training
-        with torch.no_grad(), self.teacher.disable_adapter() if self.teacher_model == "base" else nullcontext():  # type: ignore[operator]
-            if self.teacher_model == "base":
-                self.teacher.eval()
-            taught = self.teacher(**inputs, **self.request())
-            if self.teacher_model == "base":
-                self.teacher.train(training)
-        student, teacher = step.outputs.logits, taught.logits
-        common = min(student.shape[-1], teacher.shape[-1])  # vocabularies may be padded to different sizes
-        rows = (
-            (step.labels.flatten() != -100).nonzero().squeeze(-1)
-            if student.dim() == 3
-            else torch.arange(len(student), device=student.device)
-        )
         terms = {}
-        if self.weight:
-            loss = partial(losses[self.loss], temperature=self.temperature)
-            total: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-                student.flatten(0, -2)[:, :common], teacher.flatten(0, -2)[:, :common], rows, loss
-            )
-            terms["kl"] = self.weight * total / step.num_items
-        if self.hidden_weight:
-            terms["hidden"] = self.hidden_weight * self._hidden(step, taught, rows) / step.num_items
+        answered = bool(self._teachers) or step.model.training  # a cache holds no evaluation rows
+        if step.chunked:
+            # one value with the gradient of both: what is logged as the task has none of its own
+            terms["task"] = step.task_weight * self._sums[0] / step.num_items
+            terms["distill"] = self._total / step.num_items - terms["task"]
+            self._measure(step, self._sums, len(_trained(step)))
+        elif answered and (self.weight or not step.model.training):
+            kind = self._distribution
+            flat = as_classes(step.outputs.logits, kind)
+            rows = _trained(step) if kind != "sigmoid" else torch.arange(len(flat), device=flat.device)
+            total, sums = FromOutputs.apply(flat, rows, self._objective(step, self._answers))  # type: ignore[no-untyped-call]
+            self._answers = []  # of the size of the student's logits: not to be kept while backward runs
+            items = step.num_items * (step.labels.shape[1] if kind == "sigmoid" else 1)
+            terms["distill"] = total / items
+            self._measure(step, sums, len(rows))
+        mask, items_of = _where(step)
+        for term in self._terms:
+            each_sequence = term(self._captures[0], self._captures[1], mask) * items_of
+            terms[term.name] = term.weight * each_sequence.sum() / step.num_items
+        if not answered:
+            terms.pop("distill", None)
         return terms
 
-    def _hidden(self, step: Step, taught: Any, rows: Tensor) -> Tensor:
-        """Sum over predicted positions (causal), or over examples of the mean over their tokens (classifiers)."""
-        classifier = step.outputs.logits.dim() == 2
-        mask = step.inputs.get("attention_mask") if classifier else None
-        total = torch.zeros((), device=step.outputs.logits.device)
-        for index, block in enumerate(self._map):
-            ours, theirs = step.outputs.hidden_states[index + 1], taught.hidden_states[block + 1]
-            ours = self._projections[index](ours.float()) if len(self._projections) else ours
-            each = losses["hidden_mse"](ours.flatten(0, 1), theirs.flatten(0, 1))
-            if classifier:
-                each = each.view(theirs.shape[:2])
-                weight = torch.ones_like(each) if mask is None else mask.float()
-                total = total + ((each * weight).sum(1) / weight.sum(1)).sum()
-            else:
-                total = total + each[rows].sum()
-        return total / len(self._map)
+    def _measure(self, step: Step, sums: Tensor, count: int) -> None:
+        if not step.model.training and self._distribution != "values" and self._teachers:
+            self._measured = self._measured.to(sums.device)
+            self._measured += torch.stack([sums[2], sums[3], sums.new_tensor(count)])
+
+    def measures(self) -> dict[str, tuple[Tensor, Tensor]]:
+        kl, same, count = self._measured
+        self._measured = torch.zeros(3)
+        silent = self._distribution == "values" or not self._teachers
+        return {} if silent else {"kl": (kl, count), "agreement": (same, count)}
 
     def state(self) -> dict[str, Tensor]:
-        return {f"projection.{k}": v for k, v in self._projections.state_dict().items()}
+        return {
+            f"projection.{term.name}.{key}": value
+            for term in self._terms
+            for key, value in term.projections.state_dict().items()
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self._projections.load_state_dict({k.removeprefix("projection."): v for k, v in state.items()})
+        for term in self._terms:
+            prefix = f"projection.{term.name}."
+            term.projections.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
 
     def finalize(self, model: nn.Module) -> None:
-        self._projections = nn.ModuleList()
+        for capture in self._captures:
+            capture.remove()
+        self._terms, self._captures = [], []
 
     def facts(self) -> dict[str, Any]:
-        teacher = self.teacher_model if isinstance(self.teacher_model, str) else type(self.teacher_model).__name__
+        given = self._given or [self._cache.facts["teacher"] if self._cache else None]
+        teachers = [name if isinstance(name, str) else type(name).__name__ for name in given]
         return {
-            "teacher": teacher,
+            "teacher": teachers[0] if len(teachers) == 1 else teachers,
             "loss": self.loss,
             "temperature": self.temperature,
             "weight": self.weight,
-            "hidden_weight": self.hidden_weight,
-            "layer_map": self._map or None,
+            "chunked": self.chunked,
+            "teacher_cache": self._cache.facts if self._cache else None,
+            "features": self.features,
+            "layer_map": self.layer_map,
         }
 
 
-class _Chunked(torch.autograd.Function):
-    """Sum of a per-position loss over `rows`, a chunk at a time, so the fp32 probabilities of only `CHUNK` positions
-    exist at once.
+def _rows_of(outputs: Tensor, part: Tensor) -> Tensor:
+    return outputs[part]
 
-    The gradient is made in the forward, chunk by chunk, in the dtype of the logits: the one tensor of their size that
-    backward needs anyway.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=torch.float32, device=student.device)
-        for part in rows.split(CHUNK):
-            with torch.enable_grad():
-                logits = student[part].detach().requires_grad_()
-                value = loss(logits, teacher[part]).sum()
-            if gradient is not None:
-                gradient[part] = torch.autograd.grad(value, logits)[0]
-            if not torch.isfinite(value) and not torch.isfinite(teacher[part]).all():
-                raise CompressError(
-                    "the teacher's logits are not finite",
-                    where="distillation",
-                    next_step="check the teacher's dtype and inputs",
-                )
-            total += value.detach()
-        ctx.save_for_backward(gradient)
-        return total
+def _trained(step: Step) -> Tensor:
+    """Indexes of the rows that are learned, of outputs flattened to (rows, classes)."""
+    if step.head == "sequence":
+        return torch.arange(len(step.labels), device=step.labels.device)
+    return (step.labels.flatten() != -100).nonzero().squeeze(-1)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], None, None, None
+
+def _where(step: Step) -> tuple[Tensor, Tensor]:
+    """Where feature losses look, (batch, positions), and how many items each sequence counts for, (batch,)."""
+    if step.head != "sequence":
+        mask = step.labels != -100
+        return mask, mask.sum(1)
+    ids = step.inputs["input_ids"]
+    mask = step.inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    return mask, torch.ones(len(mask), device=mask.device)

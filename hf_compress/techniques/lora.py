@@ -113,7 +113,7 @@ def check_teacher(
     """Raise a CompressError when the student's own base is the teacher, and some of `weights` have no adapter: what is
     done to those is done to the teacher."""
     bare = [w.name for w in weights if w.parameter not in adapted]
-    if adapted and bare and any(isinstance(t, Distillation) and t.teacher_model == "base" for t in techniques):
+    if adapted and bare and any(isinstance(t, Distillation) and t.learns_from_base for t in techniques):
         raise CompressError(
             f"the teacher `base` would change with the student: {len(bare)} weights have no adapter",
             where=f"{where}: {bare[0]}",

@@ -2,43 +2,109 @@
 agree."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertForTokenClassification
 
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
 from tests.models import tiny
-from tests.training import trainer
+from tests.training import collate, rows, trainer
+
+EVERY_FEATURE = dict.fromkeys(
+    ("hidden_mse", "squarehead", "hidden_cosine", "relations", "rkd_distance", "rkd_angle", "gram", "cka"), 0.1
+)
 
 
-def weights_after(name: str, folder: Path, order: int = 1, **args: object) -> dict[str, torch.Tensor]:
-    teacher = tiny(name, seed=1, **({} if name == "bert" else {"hidden_size": 128}))
-    techniques = [Distillation(teacher, hidden_weight=0.5), Pruning(0.5, schedule="linear", every=1)][::order]
-    changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if name == "bert" else {}
+def models(name: str) -> tuple[Any, Any]:
+    """Student and teacher of a kind of head, without dropout; where one can, the teacher is wider."""
+    calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if name == "t5":
+        shape = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+        shape |= {"pad_token_id": 0, "decoder_start_token_id": 0, "dropout_rate": 0.0}
+        made = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            made.append(AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **shape)))
+        return made[0], made[1]
+    if name == "tokens":
+        made, config = [], tiny("bert", **calm, num_labels=128).config
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            made.append(BertForTokenClassification(config))
+        return made[0], made[1]
+    changes = {"regression": {"num_labels": 1}, "multilabel": {"num_labels": 3}, "bert": {}}.get(name)
+    if changes is not None:
+        if name == "multilabel":
+            changes |= {"problem_type": "multi_label_classification"}
+        return tiny("bert", **calm, **changes), tiny("bert", seed=1, **calm, **changes)
+    return tiny(name), tiny(name, seed=1, hidden_size=128)
+
+
+def labelled(name: str, batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Labels as that kind of head takes them."""
+    made = collate(batch)
+    if name == "regression":
+        made["labels"] = made["input_ids"][:, :1].float() / 64
+    elif name == "multilabel":
+        made["labels"] = (made["input_ids"][:, :3] % 2).float()
+    return made
+
+
+def weights_after(name: str, folder: Path, order: int = 1, distil: Any = None, **args: Any) -> dict[str, torch.Tensor]:
+    student, teacher = models(name)
+    options = {"features": {"hidden_mse": 0.5}} if distil is None else distil
+    techniques: list[Any] = [Distillation(teacher, **options)]
+    if name not in ("t5", "tokens", "regression", "multilabel"):
+        techniques.append(Pruning(0.5, schedule="linear", every=1))
+    classes = name in ("bert", "regression", "multilabel")
     run = trainer(
-        tiny(name, **changes),
+        student,
         folder,
-        techniques,
+        techniques[::order],
         optim="sgd",
         max_grad_norm=0,
         max_steps=2,
         train_sampling_strategy="sequential",
         **args,
     )
+    run.train_dataset = rows(classes=classes)
+    run.data_collator = partial(labelled, name)
     run.train()
-    assert all(torch.isfinite(torch.tensor(entry["loss_kl"])) for entry in run.state.log_history if "loss_kl" in entry)
+    logged = [entry["loss_distill"] for entry in run.state.log_history if "loss_distill" in entry]
+    assert logged
+    assert all(math.isfinite(value) and value > 0 for value in logged)
     return {k: v.clone() for k, v in run.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_accumulation_equals_one_batch(name: str, tmp_path: Path) -> None:
-    one = weights_after(name, tmp_path, per_device_train_batch_size=4)
-    four = weights_after(name, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+CHUNKED = {"chunked": True, "chunk_size": 5, "features": EVERY_FEATURE}
+CASES = {
+    "llama": ("llama", None),
+    "bert": ("bert", None),
+    "chunked": ("llama", {"chunked": True, "chunk_size": 5}),
+    "features": ("llama", {"features": EVERY_FEATURE}),
+    "router": ("qwen3_moe", {"features": {"router_kl": 1.0, "expert_usage": 1.0}}),
+    "t5": ("t5", {}),
+    "t5-chunked": ("t5", {"chunked": True}),
+    "tokens": ("tokens", {}),
+    "regression": ("regression", {"loss": "mse"}),
+    "multilabel": ("multilabel", {"loss": "jsd"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_accumulation_equals_one_batch(case: str, tmp_path: Path) -> None:
+    name, distil = CASES[case]
+    one = weights_after(name, tmp_path, distil=distil, per_device_train_batch_size=4)
+    four = weights_after(name, tmp_path, distil=distil, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     torch.testing.assert_close(four, one, atol=2e-5, rtol=1e-3)
 
 
@@ -47,28 +113,20 @@ def test_order_of_techniques_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    one = weights_after("llama", tmp_path, per_device_train_batch_size=4)
+@pytest.mark.parametrize(("name", "distil", "port"), [("llama", None, 29617), ("llama", CHUNKED, 29618)])
+def test_two_ranks_equal_one(name: str, distil: Any, port: int, tmp_path: Path) -> None:
+    """Whole logits, and chunked: the loss is made inside the wrapped forward, so DDP sees the head at work."""
+    one = weights_after(name, tmp_path, distil=distil, per_device_train_batch_size=4)
     script = tmp_path / "ranks.py"
     script.write_text(
         "import sys, torch\nfrom pathlib import Path\nfrom tests.contracts.test_loss_scale import weights_after\n"
-        "w = weights_after('llama', Path(sys.argv[1]), per_device_train_batch_size=2)\n"
+        f"w = weights_after({name!r}, Path(sys.argv[1]), distil={distil!r}, per_device_train_batch_size=2)\n"
         "import torch.distributed as dist\nassert dist.get_world_size() == 2\n"
         "if dist.get_rank() == 0: torch.save(w, sys.argv[1] + '/two.pt')\ndist.destroy_process_group()\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29617",
-        str(script),
-        str(tmp_path),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
-        command,
+        [*command, str(script), str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
@@ -82,7 +140,7 @@ def test_terms_are_logged_under_their_names(tmp_path: Path) -> None:
     run = trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", seed=1))], task_weight=0.5)
     run.train()
     entry = run.state.log_history[0]
-    assert entry["loss"] == pytest.approx(entry["loss_task"] + entry["loss_kl"], abs=1e-3)
+    assert entry["loss"] == pytest.approx(entry["loss_task"] + entry["loss_distill"], abs=1e-3)
     evaluation = run.evaluate()
     assert {"eval_loss", "eval_kl"} <= set(json.loads(json.dumps(run.state.log_history[-1])))
     assert evaluation["eval_loss"] > 0

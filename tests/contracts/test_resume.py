@@ -26,7 +26,11 @@ class Kill(TrainerCallback):
 
 
 def run(name: str, folder: Path):
-    techniques = [Distillation(tiny(name, seed=1, hidden_size=128), hidden_weight=0.5), Pruning(0.5, every=1), QAT(8)]
+    techniques = [
+        Distillation(tiny(name, seed=1, hidden_size=128), features={"hidden_mse": 0.5}),
+        Pruning(0.5, every=1),
+        QAT(8),
+    ]
     return trainer(tiny(name), folder, techniques, max_steps=5, save_strategy="steps", save_steps=2, weight_decay=0.1)
 
 

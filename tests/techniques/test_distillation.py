@@ -1,4 +1,4 @@
-"""Formulas of the losses, the teacher's checks, and scripts that use the dataclasses."""
+"""What Distillation adds to the loss, its teachers' checks, and scripts that use the dataclasses."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,54 +7,71 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import BertForTokenClassification, HfArgumentParser, TrainingArguments
+from transformers import BertForMaskedLM, HfArgumentParser, TrainingArguments
 
 from hf_compress.errors import CompressError
-from hf_compress.losses import losses
-from hf_compress.techniques.distillation import CHUNK, Distillation, _Chunked
+from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.trainer import DistillationTrainer
 from tests.models import tiny
 from tests.training import collate, rows, trainer
 
 
-def test_forward_kl_gradient_is_t_times_q_minus_p() -> None:
-    student, teacher = torch.randn(5, 7, dtype=torch.float32, requires_grad=True), torch.randn(5, 7)
-    losses["forward_kl"](student, teacher, temperature=3.0).sum().backward()
-    torch.testing.assert_close(
-        student.grad, 3 * ((student / 3).softmax(-1) - (teacher / 3).softmax(-1)), atol=1e-6, rtol=1e-5
-    )
+def by_hand(kind: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """(rows,) at T = 2, times 4, mean over labels."""
+    if kind == "regression":
+        return (ours - theirs).square().mean(-1)
+    if kind == "multilabel":
+        q, p = (ours / 2).sigmoid(), (theirs / 2).sigmoid()
+        return 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(-1)
+    q, p = (ours / 2).softmax(-1), (theirs / 2).softmax(-1)
+    return 4 * (p * (p / q).log()).sum(-1)
 
 
-def test_forward_kl_at_high_temperature_is_centred_squared_error() -> None:
-    a, b = torch.randn(4, 9), torch.randn(4, 9)
-    difference = (a - b) - (a - b).mean(-1, keepdim=True)
-    torch.testing.assert_close(
-        losses["forward_kl"](a, b, temperature=30.0).sum(), difference.square().sum() / (2 * 9), rtol=0.1, atol=0
-    )
+@pytest.mark.parametrize("kind", ["bert", "regression", "multilabel", "tokens", "llama", "t5"])
+def test_each_head_is_distilled_where_and_as_it_predicts(kind: str, tmp_path: Path) -> None:
+    from tests.contracts.test_loss_scale import labelled, models
+
+    student, teacher = models(kind)
+    loss = "mse" if kind == "regression" else "forward_kl"
+    run = trainer(student, tmp_path, [Distillation(teacher, loss=loss)])
+    batch = labelled(kind, [rows(classes=kind in ("bert", "regression", "multilabel"))[i] for i in range(4)])
+    student.eval()
+    teacher.eval()
+    with torch.no_grad():
+        run.compute_loss(run.model, dict(batch))
+        ours, theirs = (model(**batch).logits for model in (student, teacher))
+    chosen: torch.Tensor = torch.ones(len(ours), dtype=torch.bool)
+    if kind in ("tokens", "t5"):
+        chosen = batch["labels"] != -100
+    elif kind == "llama":
+        chosen = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    expected = by_hand(kind, ours[chosen], theirs[chosen]).mean()
+    torch.testing.assert_close(run._eval_logged["distill"][0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_hidden_mse_is_zero_at_equality_one_for_zero_and_ignores_scale() -> None:
-    student, teacher = torch.randn(6, 8), torch.randn(6, 8)
-    loss = losses["hidden_mse"]
-    assert loss(teacher, teacher).abs().max() == 0
-    torch.testing.assert_close(loss(torch.zeros(6, 8), teacher), torch.ones(6))
-    torch.testing.assert_close(loss(5 * student, 5 * teacher), loss(student, teacher))
-
-
-def test_chunked_value_and_gradient_equal_the_naive_ones() -> None:
-    student, teacher = torch.randn(2 * CHUNK + 3, 11, requires_grad=True), torch.randn(2 * CHUNK + 3, 11)
-    chosen = torch.arange(0, len(student), 2)
-    naive = losses["forward_kl"](student[chosen], teacher[chosen]).sum()
-    (expected,) = torch.autograd.grad(naive, student)
-    ours = _Chunked.apply(student, teacher, chosen, losses["forward_kl"])
-    (got,) = torch.autograd.grad(ours * 2, student)
-    torch.testing.assert_close(ours, naive, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(got, expected * 2, atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_kl_and_agreement_at_evaluation_are_means_over_all_positions(chunked: bool, tmp_path: Path) -> None:
+    student, teacher = tiny("llama"), tiny("llama", seed=1)
+    teacher.lm_head.weight.data = 0.7 * student.lm_head.weight.data + 0.3 * teacher.lm_head.weight.data
+    teacher.model.load_state_dict(student.model.state_dict())
+    run = trainer(student, tmp_path, [Distillation(teacher, chunked=chunked)], per_device_eval_batch_size=5)
+    run.evaluate()
+    kl, same = [], []
+    for row in run.eval_dataset:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            q, p = (model(input_ids=ids).logits[0, :-1].log_softmax(-1) for model in (student, teacher))
+        kl.append((p.exp() * (p - q)).sum(-1))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    logged = run.state.log_history[-1]
+    assert logged["eval_kl"] == pytest.approx(float(torch.cat(kl).mean()), rel=1e-4)
+    assert logged["eval_agreement"] == pytest.approx(float(torch.cat(same).float().mean()), rel=1e-4)
+    assert 0.2 < logged["eval_agreement"] < 1
 
 
 def test_padding_changes_nothing(tmp_path: Path) -> None:
-    run = trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", seed=1), hidden_weight=1.0)])
+    run = trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", seed=1), features={"hidden_mse": 1.0})])
     batch = collate([rows()[0]])
     longer = {k: torch.nn.functional.pad(v, (0, 6), value=-100 if k == "labels" else 0) for k, v in batch.items()}
     run.model.eval()
@@ -67,7 +84,7 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_predictions_hold_logits_only(tmp_path: Path) -> None:
-    run = trainer(tiny("bert"), tmp_path, [Distillation(tiny("bert", seed=1), hidden_weight=1.0)])
+    run = trainer(tiny("bert"), tmp_path, [Distillation(tiny("bert", seed=1), features={"hidden_mse": 1.0})])
     assert run.predict(run.eval_dataset).predictions.shape == (16, 2)
 
 
@@ -75,7 +92,7 @@ def test_predictions_hold_logits_only(tmp_path: Path) -> None:
     ("teacher", "options", "message"),
     [
         ({"vocab_size": 64}, {}, "vocabulary"),
-        ({}, {"layer_map": [0, 7], "hidden_weight": 1.0}, "layer_map"),
+        ({}, {"layer_map": [0, 7], "features": {"hidden_mse": 1.0}}, "layer_map"),
         ({}, {"loss": "forward_lk"}, "forward_kl"),
     ],
 )
@@ -95,9 +112,8 @@ def test_one_technique_of_a_kind_one_run_a_trainer_and_known_heads(tmp_path: Pat
     teacher = tiny("llama", seed=1)
     with pytest.raises(CompressError, match="two techniques of one kind"):
         trainer(tiny("llama"), tmp_path, [Distillation(teacher), Distillation(teacher)])
-    config = tiny("bert").config
-    with pytest.raises(CompressError, match="BertForTokenClassification"):
-        trainer(BertForTokenClassification(config), tmp_path, [Distillation(BertForTokenClassification(config))])
+    with pytest.raises(CompressError, match="BertForMaskedLM"):
+        trainer(BertForMaskedLM(tiny("bert").config), tmp_path, [])
     run = trainer(tiny("llama"), tmp_path, [Distillation(teacher)])
     run.train()
     with pytest.raises(CompressError, match="has finished"):
@@ -113,7 +129,7 @@ def test_batches_without_labels_are_explained(tmp_path: Path) -> None:
 
 def test_projections_serve_a_student_in_bfloat16(tmp_path: Path) -> None:
     student, teacher = tiny("llama").to(torch.bfloat16), tiny("llama", hidden_size=128)
-    run = trainer(student, tmp_path, [Distillation(teacher, hidden_weight=1.0)])
+    run = trainer(student, tmp_path, [Distillation(teacher, features={"hidden_mse": 1.0})])
     run.train()
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
@@ -124,7 +140,20 @@ def test_lora_student_learns_from_its_own_base(tmp_path: Path) -> None:
     student = get_peft_model(tiny("llama"), LoraConfig(target_modules="all-linear", r=4))
     run = trainer(student, tmp_path, [Distillation("base")], task_weight=0.0)
     run.train()
-    assert run.state.log_history[0]["loss_kl"] == pytest.approx(
+    other = DistillationTrainer(
+        tiny("llama"),
+        "base",
+        chunked=True,
+        peft_config=LoraConfig(target_modules=["q_proj"], r=4),
+        args=TrainingArguments(str(tmp_path), use_cpu=True, dataloader_pin_memory=False, max_steps=1),
+        train_dataset=rows(),
+        data_collator=collate,
+    )
+    trained = {name.split(".")[-3] for name, p in other.model.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+    other.train()
+    assert other.techniques[0].chunked
+    assert run.state.log_history[0]["loss_distill"] == pytest.approx(
         0, abs=1e-5
     )  # B = 0 at the start: the student is its base
 

@@ -1,0 +1,187 @@
+"""Teachers whose answers were written down: samples of their distributions instead of a model in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from torch import Tensor
+
+from hf_compress.errors import CompressError
+from hf_compress.heads import targets
+from hf_compress.techniques.base import Step
+from hf_compress.techniques.soft_targets import SoftTargets
+
+MANIFEST = "cache.json"
+
+
+@dataclass
+class Sampled:
+    """`n` draws from softmax(teacher / T) at each row (random-sampling KD, https://arxiv.org/abs/2503.16870).
+
+    ids: (rows, n) drawn classes, with repeats. entropy: (rows,) of the whole distribution. The value is an unbiased
+    estimate of T^2 KL and its gradient T (q - counts / n) of T (q - p), at any student: also where q = p, where a
+    renormalized top-k would still pull.
+    """
+
+    ids: Tensor
+    entropy: Tensor
+    weight: float = 1.0
+
+    def chunk(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def block(self, block: slice) -> None:
+        rows = self._rows[block]
+        self._ids, self._entropy = self.ids[rows], self.entropy[rows]
+
+    def learn(self, student: Tensor, soft: SoftTargets) -> tuple[Tensor, Tensor]:
+        log_q = (student / soft.temperature).log_softmax(-1)
+        value = -log_q.gather(-1, self._ids).mean(-1) - self._entropy
+        share = torch.full_like(self._ids, -1 / self._ids.shape[-1], dtype=log_q.dtype)
+        gradient = log_q.exp_().scatter_add_(-1, self._ids, share)
+        return value * soft.temperature**2, gradient.mul_(soft.temperature)
+
+    def compare(self, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("a cache holds no evaluation rows")
+
+
+@dataclass
+class TopK:
+    """The k likeliest classes and one bucket for all others: KL between those k + 1 probabilities.
+
+    ids: (rows, k). logs: (rows, k) log-probabilities at temperature T. The gradient is zero where q = p; elsewhere it
+    knows nothing of how the tail is shared out.
+    """
+
+    ids: Tensor
+    logs: Tensor
+    weight: float = 1.0
+
+    def chunk(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def block(self, block: slice) -> None:
+        rows = self._rows[block]
+        self._ids, self._logs = self.ids[rows], self.logs[rows]
+
+    def learn(self, student: Tensor, soft: SoftTargets) -> tuple[Tensor, Tensor]:
+        log_q = (student / soft.temperature).log_softmax(-1)
+        kept, p = log_q.gather(-1, self._ids), self._logs.exp()
+        p_tail = (1 - p.sum(-1)).clamp_min(1e-9)
+        q_tail = (1 - kept.exp().sum(-1)).clamp_min(1e-9)
+        value = (p * (self._logs - kept)).sum(-1) + p_tail * (p_tail / q_tail).log()
+        q = log_q.exp_()
+        # d value / d logits = q + slope, slope = -p at the k and -p_tail q / q_tail elsewhere
+        gradient = q * (1 - p_tail / q_tail).unsqueeze(-1)
+        gradient.scatter_(-1, self._ids, kept.exp() - p)
+        return value * soft.temperature**2, gradient.mul_(soft.temperature)
+
+    def compare(self, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("a cache holds no evaluation rows")
+
+
+def row_key(ids: list[int], labels: list[int]) -> int:
+    """Of one unpadded row: the same tokens with the same labels have the same answers."""
+    digest = hashlib.sha256(json.dumps([ids, labels]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def teacher_hash(folder: str | Path) -> str:
+    """Of a folder's config and every byte of its weights."""
+    digest = hashlib.sha256()
+    for file in sorted([*Path(folder).glob("config.json"), *Path(folder).glob("*.safetensors")]):
+        with file.open("rb") as opened:
+            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+class Cache:
+    """What `cache_teacher` wrote, checked before any work.
+
+    Raises:
+        CompressError: no such cache, shards missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        manifest = self.folder / MANIFEST
+        if not manifest.exists():
+            raise self._error(f"no teacher cache here ({MANIFEST} is missing)", "hf-compress cache-teacher writes one")
+        self.facts: dict[str, Any] = json.loads(manifest.read_text())
+        files = [self.folder / f"{index:05d}.parquet" for index in range(self.facts["shards"])]
+        for file in files:
+            note = file.with_suffix(".json")
+            if not file.exists() or not note.exists():
+                raise self._error(
+                    f"the cache is not finished: {file.name} is missing",
+                    "run the cache-teacher command again to go on",
+                )
+            with file.open("rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            if found != json.loads(note.read_text())["sha256"]:
+                raise self._error(
+                    f"{file.name} is not what was written: cut off or changed",
+                    f"remove {file.name} and run the cache-teacher command again: only that shard is made anew",
+                )
+        rows = load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+        assert isinstance(rows, Dataset)
+        self.rows = rows.with_format("numpy")
+        self._where = {int(key): index for index, key in enumerate(rows["key"])}
+
+    def _error(self, what: str, next_step: str) -> CompressError:
+        return CompressError(what, where=str(self.folder), next_step=next_step)
+
+    def check(self, *, temperature: float, tokenizer: Any, teacher: str | None, vocabulary: int) -> None:
+        """Raise a CompressError for a cache of another temperature, tokenizer, teacher or vocabulary."""
+        facts = self.facts
+        if facts["temperature"] != temperature:
+            raise self._error(
+                f"the cache holds answers at temperature {facts['temperature']}, the training asks for {temperature}",
+                f"temperature: {facts['temperature']}, or make another cache",
+            )
+        if tokenizer is not None and tokenizer_hash(tokenizer) != facts["tokenizer"]:
+            raise self._error("the cache was made with another tokenizer", "make the cache anew")
+        if teacher is not None and Path(teacher).is_dir() and teacher_hash(teacher) != facts["teacher_hash"]:
+            raise self._error(f"the cache is stale: {teacher} is not the teacher it was made with", "make it anew")
+        if facts["vocabulary"] > vocabulary:
+            raise self._error(
+                f"the teacher's vocabulary is {facts['vocabulary']}, the student's {vocabulary}",
+                "use a teacher of the same tokenizer",
+            )
+
+    def answers(self, step: Step) -> Sampled | TopK:
+        """The teacher of one batch: rows of it flattened to (batch * positions).
+
+        Raises:
+            CompressError: a row that is not in the cache.
+        """
+        ids, labels = step.inputs["input_ids"], step.inputs["labels"]
+        real = step.inputs.get("attention_mask", torch.ones_like(ids)).bool().cpu()
+        trained = (targets(step.head, labels) != -100).cpu()
+        width = self.facts["samples"]
+        found = torch.zeros(*ids.shape, width, dtype=torch.long)
+        other = torch.zeros(*ids.shape, width) if self.facts["kind"] == "topk" else torch.zeros(ids.shape)
+        for index, (row, given) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
+            keep = real[index].tolist()
+            key = row_key([t for t, k in zip(row, keep) if k], [t for t, k in zip(given, keep) if k])
+            if key not in self._where:
+                raise self._error(
+                    "a row of the training data is not in the cache",
+                    "make the cache from the same data, tokenizer, max_length and packing as the training",
+                )
+            entry: Any = self.rows[self._where[key]]
+            found[index][trained[index]] = torch.from_numpy(entry["ids"].astype("int64")).view(-1, width)
+            rest = torch.from_numpy(entry["rest"].astype("float32"))
+            other[index][trained[index]] = rest.view(-1, width) if self.facts["kind"] == "topk" else rest
+        flat = found.flatten(0, 1).to(ids.device), other.flatten(0, 1).to(ids.device)
+        return TopK(*flat) if self.facts["kind"] == "topk" else Sampled(*flat)

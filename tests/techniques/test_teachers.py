@@ -1,0 +1,113 @@
+"""Several teachers, packed teachers, teachers of other heads and tokens."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertForTokenClassification, PreTrainedTokenizerFast
+
+from hf_compress.errors import CompressError
+from hf_compress.techniques.distillation import Distillation
+from tests.models import tiny
+from tests.training import save_tokenizer, trainer
+
+
+def saved(folder: Path, name: str = "llama", seed: int = 1, **changes: int) -> str:
+    tiny(name, seed=seed, **changes).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_several_teachers_are_a_weighted_mean(chunked: bool, tmp_path: Path) -> None:
+    a, b = saved(tmp_path / "a", seed=1), saved(tmp_path / "b", seed=2)
+
+    def first(**options: object) -> float:
+        run = trainer(tiny("llama"), tmp_path, [Distillation(chunked=chunked, **options)], max_steps=1)
+        run.train()
+        return float(run.state.log_history[0]["loss_distill"])
+
+    each = [first(teacher_model=name) for name in (a, b)]
+    assert first(teachers=[a, b], teacher_weights=[3.0, 1.0]) == pytest.approx(
+        0.75 * each[0] + 0.25 * each[1], rel=1e-3
+    )
+    assert first(teachers=[a, b]) == pytest.approx(sum(each) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_packed_teachers_answer_nearly_as_whole_ones(name: str, bits: int, tmp_path: Path) -> None:
+    """DeepSeek: kv_b_proj stays whole in 8 bits, which bitsandbytes could not run."""
+    folder = saved(tmp_path / "teacher", name, initializer_range=0.05)
+    found = []
+    for one in (None, bits):
+        technique = Distillation(folder, teacher_bits=one, chunked=True)
+        run = trainer(tiny(name, initializer_range=0.05), tmp_path, [technique], max_steps=1)
+        packed = {type(m).__name__ for m in technique._teachers[0].modules()} & {"Linear8bitLt", "Linear4bit"}
+        assert bool(packed) == bool(one)
+        assert type(technique._teachers[0].lm_head) is torch.nn.Linear
+        found.append(run.evaluate()["eval_loss"])
+        found.append(run.state.log_history[-1]["eval_kl"])
+    assert found[2] == pytest.approx(found[0])  # the task loss has nothing to do with the teacher
+    assert found[3] == pytest.approx(found[1], rel=0.3)
+    assert found[3] != found[1]
+
+
+def test_teachers_of_other_heads_labels_and_tokens_are_refused(tmp_path: Path) -> None:
+    cases = [
+        (tiny("bert"), BertForTokenClassification(tiny("bert").config), "do not mean the same"),
+        (tiny("bert", num_labels=3), tiny("bert"), "2 labels"),
+        (tiny("bert", num_labels=1), tiny("bert"), "do not mean the same"),
+        (tiny("bert", num_labels=1), tiny("bert", num_labels=1), "loss: mse"),
+    ]
+    for student, teacher, message in cases:
+        with pytest.raises(CompressError, match=message):
+            trainer(student, tmp_path, [Distillation(teacher)])
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    teacher = saved(tmp_path / "teacher")
+    save_tokenizer(tmp_path / "teacher", ["[PAD]", "[UNK]", "[EOS]", "other", "words"])
+    run = trainer(tiny("llama"), tmp_path, [])
+    mine = PreTrainedTokenizerFast.from_pretrained(save_tokenizer(tmp_path / "mine"))
+    run.processing_class = mine
+    technique = Distillation(teacher)
+    technique.attach(run.model)
+    with pytest.raises(CompressError, match="different tokenizers"):
+        technique.prepare(run)
+
+
+def test_padded_vocabularies_share_what_both_have(tmp_path: Path) -> None:
+    mine = PreTrainedTokenizerFast.from_pretrained(save_tokenizer(tmp_path))
+    values = []
+    for chunked in (False, True):
+        teacher = tiny("llama", seed=1, vocab_size=160)
+        technique = Distillation(teacher, chunked=chunked)
+        run = trainer(tiny("llama"), tmp_path, [])
+        run.processing_class = mine
+        run.techniques, run._chunked = [technique], chunked
+        technique.attach(run.model)
+        technique.prepare(run)
+        run.evaluate()
+        values.append(run.state.log_history[-1]["eval_distill"])
+    assert values[0] > 0
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs a teacher"),
+        ({"teacher_model": "a", "teachers": ["b"]}, "both given"),
+        ({"teachers": ["a", "b"], "teacher_weights": [1.0]}, "teacher_weights"),
+        ({"teacher_model": "a", "teacher_bits": 3}, "teacher_bits"),
+        ({"teacher_model": "a", "chunk_size": 0}, "chunk_size"),
+        ({"teacher_model": "a", "beta": 2.0}, "beta"),
+        ({"teacher_model": "a", "alpha": 1.0}, "alpha"),
+        ({"teacher_model": "a", "loss": "hidden_mse"}, "features"),
+        ({"teacher_model": "a", "teacher_model_init_kwargs": {"trust_remote_code": True}}, "trust_remote_code"),
+        ({"teacher_model": "base"}, "no adapters"),
+    ],
+)
+def test_options_that_cannot_work_are_named(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match=message):
+        trainer(tiny("llama"), tmp_path, [Distillation(**options)])
