@@ -130,6 +130,12 @@ def fetch(repo: str, *, revision: str | None = None) -> Path:
         CompressError: no such repository or revision, or no right to read it; no connection and not in the cache.
     """
     with _explained(repo, revision):
+        try:  # asked first: refused, the client would quietly give what it has cached
+            revision = HfApi().model_info(repo, revision=revision).sha
+        except HfHubHTTPError:
+            raise
+        except (HTTPError, OfflineModeIsEnabled):
+            pass  # no connection: the cache is what there is
         return Path(
             snapshot_download(repo, revision=revision, ignore_patterns=["*.py", "*.bin", "*.pt", "*.pth", "*.pkl"])
         )

@@ -29,7 +29,8 @@ def examine(folder: Path, tolerance: float) -> tuple[list[str], dict[str, Any]]:
     """Problems (none: it is as it was saved) and measured facts of one folder."""
     problems: list[str] = []
     facts: dict[str, Any] = {}
-    pickles = [p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    scratch = "training_args.bin"  # a Trainer's own: never opened by from_pretrained, and not published
+    pickles = [p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"} and p.name != scratch]
     if pickles:
         problems.append("pickle files: " + ", ".join(pickles))
     config = json.loads((folder / "config.json").read_text())

@@ -25,7 +25,7 @@ from hf_compress.techniques.lora import merged
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 from hf_compress.techniques.state import load_state, save_state
-from hf_compress.trainer_push import check_arguments, push_final, push_step, write_trainer_card
+from hf_compress.trainer_push import check_arguments, check_finished, push_final, push_step, write_trainer_card
 from hf_compress.weights import base_of
 
 
@@ -276,6 +276,7 @@ class CompressionTrainer(Trainer):
             raise CompressError(
                 "tokens are not passed around", where="push_to_hub(token=)", next_step="run `hf auth login`"
             )
+        check_finished(self)  # before a repository is made
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(private=private)

@@ -37,13 +37,8 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def write_trainer_card(trainer: CompressionTrainer, name: str | None, license: str | None, dataset: Any) -> None:
-    """README.md and hf_compress.json of the model in output_dir, with what it answers now and hashes of its files.
-
-    Raises:
-        CompressError: training with techniques has not ended; adapters that are not merged.
-    """
-    folder = Path(trainer.args.output_dir)
+def check_finished(trainer: CompressionTrainer) -> None:
+    """Raise a CompressError where training with techniques has not ended, or adapters are not merged."""
     if trainer.techniques and not trainer._trained:
         raise CompressError(
             "masks and fake quantization are still at work: what would be saved is not what answers now",
@@ -56,6 +51,16 @@ def write_trainer_card(trainer: CompressionTrainer, name: str | None, license: s
             where="push_to_hub()",
             next_step="trainer.model = trainer.model.merge_and_unload(), then push",
         )
+
+
+def write_trainer_card(trainer: CompressionTrainer, name: str | None, license: str | None, dataset: Any) -> None:
+    """README.md and hf_compress.json of the model in output_dir, with what it answers now and hashes of its files.
+
+    Raises:
+        CompressError: as `check_finished`.
+    """
+    check_finished(trainer)
+    folder = Path(trainer.args.output_dir)
     write_expectation(trainer._student, folder)
     datasets = [dataset] if isinstance(dataset, str) else dataset or []
     facts = trainer_facts(trainer, folder, name=name or folder.absolute().name, license=license, datasets=datasets)
