@@ -146,7 +146,7 @@ class Hub:
         if fault is not None:
             time.sleep(fault.seconds)
             if fault.drop == "before" or isinstance(fault.drop, int):
-                request.rfile.read(fault.drop if isinstance(fault.drop, int) else 0)
+                request.rfile.read(min(fault.drop, length) if isinstance(fault.drop, int) else 0)
                 return _drop(request)
         if request.headers.get("Transfer-Encoding") == "chunked":
             body = _chunks(request.rfile)
