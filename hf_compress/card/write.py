@@ -58,7 +58,8 @@ def adopt_prose(folder: Path, remote: str | None) -> None:
 def differing_sections(folder: Path, *, repo: str | None = None) -> list[str]:
     """Sections of README.md with measured numbers that are not what the facts give; [] when all are."""
     facts = read_facts(folder)
-    made = render_card(facts, repo=repo or facts.get("published", {}).get("repo"))
+    plots = [path.stem for path in (folder / "plots").glob("*.png")]
+    made = render_card(facts, repo=repo or facts.get("published", {}).get("repo"), plots=plots)
     here, there = sections_of((folder / "README.md").read_text()), sections_of(made)
     return [name for name in ("summary", "comparison", "limits") if here.get(name) != there.get(name)]
 

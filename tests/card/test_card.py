@@ -16,7 +16,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 import hf_compress.card
-from hf_compress.card import FACTS, read_facts, render_card, write_card
+from hf_compress.card import FACTS, differing_sections, read_facts, render_card, write_card
 from hf_compress.card.citations import bibtex, papers
 from hf_compress.card.metadata import eval_results
 from hf_compress.errors import CompressError
@@ -230,3 +230,11 @@ def test_limits_say_what_is_true() -> None:
 def test_no_facts_no_card(tmp_path: Path) -> None:
     with pytest.raises(CompressError, match=r"no hf_compress\.json here"):
         write_card(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "deepseek-v3-w4", "smollm2-sparse"])
+def test_a_card_with_plots_is_what_its_facts_give(name: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(Path(__file__).parents[2] / "model_cards" / name, tmp_path / name))
+    assert differing_sections(folder) == []
+    (folder / "README.md").write_text((folder / "README.md").read_text().replace(" MB |", "1 MB |", 1))
+    assert differing_sections(folder) == ["comparison"]
