@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_compress.data import Prepared
 from hf_compress.errors import CompressError
+from hf_compress.files import sha256, write_whole
 from hf_compress.heads import head_of as kind_of
 from hf_compress.heads import targets
 from hf_compress.source import ModelSource, load_model, weight_files
@@ -139,10 +140,9 @@ def _write(rows: list[dict[str, Any]], file: Path, facts: dict[str, Any]) -> Non
     features = Features({"key": Value("int64"), "ids": Sequence(Value(small)), "rest": Sequence(Value("float16"))})
     temporary = file.with_suffix(".part")
     Dataset.from_list(rows, features=features).to_parquet(temporary)
-    with temporary.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = sha256(temporary)
     temporary.rename(file)
-    file.with_suffix(".json").write_text(json.dumps({"rows": len(rows), "sha256": digest}))
+    write_whole(file.with_suffix(".json"), json.dumps({"rows": len(rows), "sha256": digest}))
 
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
@@ -151,9 +151,7 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
     if not manifest.exists():
         if any(folder.iterdir()):
             raise CompressError("the folder holds something else", where=str(folder), next_step="choose another one")
-        temporary = folder / f"{MANIFEST}.part"
-        temporary.write_text(json.dumps(facts, indent=2))
-        temporary.rename(manifest)
+        write_whole(manifest, json.dumps(facts, indent=2))
     known = json.loads(manifest.read_text())
     differing = sorted(key for key, value in facts.items() if key != "teacher" and known.get(key) != value)
     if differing:

@@ -12,24 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers import TrainingArguments
 
 from hf_compress.errors import CompressError
 from hf_compress.heads import count as count_items
 from hf_compress.heads import head_of, targets
-from hf_compress.hub import create
 from hf_compress.techniques.base import Step, Technique
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.lora import merged
+from hf_compress.techniques.own_parameters import OwnParameters
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 from hf_compress.techniques.state import load_state, save_state
-from hf_compress.trainer_push import check_arguments, check_finished, push_final, push_step, write_trainer_card
+from hf_compress.trainer_push import PublishingTrainer, check_arguments
 from hf_compress.weights import base_of
 
 
-class CompressionTrainer(Trainer):
+class CompressionTrainer(PublishingTrainer):
     """``CompressionTrainer(model, techniques=[Distillation("org/teacher"), Pruning(sparsity=0.5)],
     args=TrainingArguments("out"), ...)``.
 
@@ -51,8 +50,6 @@ class CompressionTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
     model: Any
-    hub_model_id: Any
-    push_in_progress: Any
 
     def __init__(
         self,
@@ -101,14 +98,10 @@ class CompressionTrainer(Trainer):
             technique.check()
         for technique in self.techniques:
             technique.attach(model)
-        callbacks = [*(others.pop("callbacks", None) or []), *self.techniques, _OwnParameters(self.techniques)]
+        callbacks = [*(others.pop("callbacks", None) or []), *self.techniques, OwnParameters(self.techniques)]
         super().__init__(model, args=args, callbacks=callbacks, **others)
         for technique in self.techniques:
             technique.prepare(self)
-
-    @property
-    def _student(self) -> PreTrainedModel:
-        return base_of(self.model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         made = self.optimizer is not None
@@ -238,68 +231,6 @@ class CompressionTrainer(Trainer):
             save_state(folder, self.techniques)
         super()._save_checkpoint(model, trial)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        if self.is_world_process_zero():
-            repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-            self.hub_model_id = create(repo, private=bool(self.args.hub_private_repo if private is None else private))
-        self.push_in_progress = None
-
-    def create_model_card(
-        self,
-        *,
-        model_name: str | None = None,
-        license: str | None = None,
-        dataset: str | list[str] | None = None,
-        **_: Any,
-    ) -> None:
-        """Write our card and its facts into output_dir, from what this run did. Other arguments of the Trainer's own
-        draft have no place in it."""
-        if self.is_world_process_zero():
-            write_trainer_card(self, model_name, license, dataset)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **card: Any,
-    ) -> Any:
-        """Save, describe, verify and publish the model in one commit: a `hub.Published` (a Future of it when not
-        `blocking`) on rank 0. card: as `create_model_card`.
-
-        Raises:
-            CompressError: a token was passed (log in instead); see `create_model_card` and `hf_compress.hub.publish`.
-        """
-        if token is not None:
-            raise CompressError(
-                "tokens are not passed around", where="push_to_hub(token=)", next_step="run `hf auth login`"
-            )
-        check_finished(self)  # before a repository is made
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        repo = self.hub_model_id
-        assert repo is not None
-        self.create_model_card(**({"model_name": repo.split("/")[-1]} | card))
-        self._finish_current_push()
-        private = self.args.hub_private_repo if private is None else private
-        message, revision = commit_message or "End of training", revision or self.args.hub_revision
-        return push_final(self, repo, message=message, revision=revision, private=private, blocking=blocking)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        waiting = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            if waiting and not self.args.hub_always_push:
-                return  # the next one will carry this step's model too
-            self._finish_current_push()
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-            self.push_in_progress = push_step(self, Path(checkpoint_folder))
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_weights(resume_from_checkpoint)
         load_state(Path(resume_from_checkpoint), self.techniques)
@@ -325,33 +256,6 @@ class CompressionTrainer(Trainer):
                 next_step="missing: " + ", ".join(sorted(info["missing_keys"])[:5]),
             )
         student.load_state_dict(saved.state_dict())
-
-
-class _OwnParameters(TrainerCallback):
-    """The techniques' own parameters are outside the model: average their gradients over ranks, clip them as a group,
-    zero them."""
-
-    def __init__(self, techniques: Sequence[Technique]) -> None:
-        self.techniques = techniques
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        own = [p for technique in self.techniques for p in technique.parameters() if p.grad is not None]
-        if own and torch.distributed.is_initialized():
-            for parameter in own:
-                torch.distributed.all_reduce(parameter.grad)
-                assert parameter.grad is not None
-                parameter.grad /= torch.distributed.get_world_size()
-        if own and args.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(own, args.max_grad_norm)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for technique in self.techniques:
-            for parameter in technique.parameters():
-                parameter.grad = None  # the Trainer zeroes the model's only
 
 
 class DistillationTrainer(CompressionTrainer):

@@ -18,13 +18,13 @@ from hf_compress.source import ModelSource, task_of
 from hf_compress.verification import model_files
 
 if TYPE_CHECKING:
-    from hf_compress.trainer import CompressionTrainer
+    from hf_compress.trainer_push import PublishingTrainer
 
 _PRIVATE = ("token", "dir", "hub_", "push_to_hub", "logging_dir", "run_name")  # where and for whom, not how
 
 
 def trainer_facts(
-    trainer: CompressionTrainer,
+    trainer: PublishingTrainer,
     folder: Path,
     *,
     name: str,

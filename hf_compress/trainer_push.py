@@ -3,22 +3,98 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from hf_compress.card import FACTS, save_facts, write_card
 from hf_compress.errors import CompressError
-from hf_compress.hub import Published, publish
+from hf_compress.hub import Published, create, publish
+from hf_compress.techniques.base import Technique
 from hf_compress.trainer_facts import trainer_facts
 from hf_compress.verification import write_expectation, write_hashes
+from hf_compress.weights import base_of
 
-if TYPE_CHECKING:
-    from hf_compress.trainer import CompressionTrainer
+
+class PublishingTrainer(Trainer):
+    """What of transformers' Trainer goes to the Hub, as `hf_compress.hub.publish` does it."""
+
+    model: Any
+    hub_model_id: Any
+    push_in_progress: Any
+    techniques: Sequence[Technique]
+    _trained: bool
+
+    @property
+    def _student(self) -> PreTrainedModel:
+        return base_of(self.model)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        if self.is_world_process_zero():
+            repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            self.hub_model_id = create(repo, private=bool(self.args.hub_private_repo if private is None else private))
+        self.push_in_progress = None
+
+    def create_model_card(
+        self,
+        *,
+        model_name: str | None = None,
+        license: str | None = None,
+        dataset: str | list[str] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write our card and its facts into output_dir, from what this run did. Other arguments of the Trainer's own
+        draft have no place in it."""
+        if self.is_world_process_zero():
+            write_trainer_card(self, model_name, license, dataset)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Save, describe, verify and publish the model in one commit: a `hub.Published` (a Future of it when not
+        `blocking`) on rank 0. card: as `create_model_card`.
+
+        Raises:
+            CompressError: a token was passed (log in instead); see `create_model_card` and `hf_compress.hub.publish`.
+        """
+        if token is not None:
+            raise CompressError(
+                "tokens are not passed around", where="push_to_hub(token=)", next_step="run `hf auth login`"
+            )
+        check_finished(self)  # before a repository is made
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        repo = self.hub_model_id
+        assert repo is not None
+        self.create_model_card(**({"model_name": repo.split("/")[-1]} | card))
+        self._finish_current_push()
+        private = self.args.hub_private_repo if private is None else private
+        message, revision = commit_message or "End of training", revision or self.args.hub_revision
+        return push_final(self, repo, message=message, revision=revision, private=private, blocking=blocking)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        waiting = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            if waiting and not self.args.hub_always_push:
+                return  # the next one will carry this step's model too
+            self._finish_current_push()
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.push_in_progress = push_step(self, Path(checkpoint_folder))
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -37,7 +113,7 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def check_finished(trainer: CompressionTrainer) -> None:
+def check_finished(trainer: PublishingTrainer) -> None:
     """Raise a CompressError where training with techniques has not ended, or adapters are not merged."""
     if trainer.techniques and not trainer._trained:
         raise CompressError(
@@ -53,7 +129,7 @@ def check_finished(trainer: CompressionTrainer) -> None:
         )
 
 
-def write_trainer_card(trainer: CompressionTrainer, name: str | None, license: str | None, dataset: Any) -> None:
+def write_trainer_card(trainer: PublishingTrainer, name: str | None, license: str | None, dataset: Any) -> None:
     """README.md and hf_compress.json of the model in output_dir, with what it answers now and hashes of its files.
 
     Raises:
@@ -70,7 +146,7 @@ def write_trainer_card(trainer: CompressionTrainer, name: str | None, license: s
 
 
 def push_final(
-    trainer: CompressionTrainer, repo: str, *, message: str, revision: str | None, private: bool | None, blocking: bool
+    trainer: PublishingTrainer, repo: str, *, message: str, revision: str | None, private: bool | None, blocking: bool
 ) -> Any:
     """Verify output_dir and publish it: a `Published`, or a Future of one when not blocking."""
     arguments: dict[str, Any] = {
@@ -83,7 +159,7 @@ def push_final(
     return publish(**arguments) if blocking else HfApi().run_as_future(publish, **arguments)
 
 
-def push_step(trainer: CompressionTrainer, checkpoint: Path) -> PushInProgress:
+def push_step(trainer: PublishingTrainer, checkpoint: Path) -> PushInProgress:
     """Publish a checkpoint's model in the background, with a card that says training goes on; not verified.
 
     Its files are copied first, since the Trainer may delete the checkpoint meanwhile.

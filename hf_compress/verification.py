@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from hf_compress.errors import CompressError
+from hf_compress.files import sha256
 from hf_compress.weights import weights
 
 EXPECTATION = "verify/expectation.safetensors"
@@ -84,12 +84,6 @@ def changed_files(folder: Path) -> list[str]:
             wrong.append(f"{name} has changed since it was saved")
     added = {p.name for p in folder.glob("*.safetensors")} - recorded.keys()
     return wrong + [f"{name} was not there when it was saved" for name in sorted(added)]
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:

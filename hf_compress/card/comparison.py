@@ -13,8 +13,7 @@ LABELS = {
 
 
 def comparison(evaluation: dict[str, Any] | None) -> list[list[str]]:
-    """Rows of the before/after table, the header first; [] without an evaluation. Used by the card and the terminal
-    alike."""
+    """Rows of the before/after table, the header first; [] without an evaluation."""
     if evaluation is None:
         return []
     found: dict[str, dict[str, Any]] = evaluation["artefacts"]

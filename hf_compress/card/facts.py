@@ -10,6 +10,7 @@ from typing import Any
 
 import hf_compress
 from hf_compress.errors import CompressError
+from hf_compress.files import write_whole
 
 FACTS = "hf_compress.json"
 _FOLDERS = re.compile(r"(?<![\w:/.~-])(?:(?:\.\.?|~)?/)+(?:[\w.@+~-]+/)*(?=[\w.@+~-])")  # absolute, or from ../ or ~/
@@ -32,10 +33,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def save_facts(facts: dict[str, Any], path: Path) -> None:
-    """Write JSON through a temporary sibling, so that a full disk leaves no half file under the final name."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(facts, indent=2))
-    temporary.rename(path)
+    """Write them as JSON, whole or not at all."""
+    write_whole(path, json.dumps(facts, indent=2))
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from hf_compress.card.plots import draw_plots
 from hf_compress.card.prose import merge, prose_of, sections_of
 from hf_compress.card.render import dump_recipe, render_card
 from hf_compress.errors import CompressError
+from hf_compress.files import write_whole
 
 
 def write_card(folder: Path, *, repo: str | None = None) -> Path:
@@ -24,13 +25,13 @@ def write_card(folder: Path, *, repo: str | None = None) -> Path:
     facts, path = read_facts(folder), folder / "README.md"
     plots = draw_plots(facts, folder)
     card = render_card(facts, repo=repo or facts.get("published", {}).get("repo"), plots=plots)
-    _write(path, merge(card, path.read_text()) if path.exists() else card)
+    write_whole(path, merge(card, path.read_text()) if path.exists() else card)
     if facts.get("recipe"):
-        _write(folder / "recipe.yaml", dump_recipe(facts))
+        write_whole(folder / "recipe.yaml", dump_recipe(facts))
     results = eval_results(facts)
     if results:
         (folder / ".eval_results").mkdir(exist_ok=True)
-        _write(folder / ".eval_results" / "hf_compress.yaml", yaml.safe_dump(results, sort_keys=False))
+        write_whole(folder / ".eval_results" / "hf_compress.yaml", yaml.safe_dump(results, sort_keys=False))
     return path
 
 
@@ -46,7 +47,7 @@ def adopt_prose(folder: Path, remote: str | None) -> None:
         return
     known = read_facts(folder).get("published", {}).get("prose")
     if not here or _digest(here) == known:
-        _write(path, merge(path.read_text(), remote))
+        write_whole(path, merge(path.read_text(), remote))
     elif _digest(there) != known:
         raise CompressError(
             "the card was written into both here and on the Hub",
@@ -72,9 +73,3 @@ def note_published(folder: Path, repo: str) -> None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.rename(path)

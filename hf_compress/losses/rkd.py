@@ -22,7 +22,7 @@ def rkd_distance(student: Tensor, teacher: Tensor, mask: Tensor, *, positions: i
     positions of each sequence are compared with one another, so the loss sees one sequence at a time.
     """
     (ours, theirs), valid = _spaced((student, teacher), mask, positions)
-    pairs = valid[:, :, None] & valid[:, None] & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    pairs = _pairs(valid)
 
     def distances(x: Tensor) -> Tensor:
         x = x - _centre(x, valid)  # by inner products, which lose digits far from the origin
@@ -46,15 +46,19 @@ def rkd_distance(student: Tensor, teacher: Tensor, mask: Tensor, *, positions: i
 def rkd_angle(student: Tensor, teacher: Tensor, mask: Tensor, *, positions: int = 24) -> Tensor:
     """cos of the angle at j between i and k, mean over triples of up to `positions` evenly spaced positions."""
     (ours, theirs), valid = _spaced((student, teacher), mask, positions)
-    pairs = valid[:, :, None] & valid[:, None] & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-    triples = pairs[:, :, :, None] & pairs[:, :, None, :]  # the vertex j, and two others
-    triples = triples & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    pairs = _pairs(valid)
+    triples = pairs[:, :, :, None] & pairs[:, :, None, :] & pairs[:, None]  # the vertex j, and two others
 
     def angles(x: Tensor) -> Tensor:
         edges = F.normalize((x[:, None] - x[:, :, None]).masked_fill(~pairs[..., None], 0.0), dim=-1, eps=1e-6)
         return edges @ edges.transpose(-1, -2)
 
     return _mean(F.smooth_l1_loss(angles(ours), angles(theirs), reduction="none"), triples)
+
+
+def _pairs(valid: Tensor) -> Tensor:
+    """(batch, positions) -> (batch, positions, positions): two different positions that both exist."""
+    return valid[:, :, None] & valid[:, None] & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
 
 
 def _centre(x: Tensor, valid: Tensor) -> Tensor:

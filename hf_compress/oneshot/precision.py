@@ -26,7 +26,8 @@ def calibrating(model: PreTrainedModel) -> torch.autocast:
     another kind of machine rounds otherwise.
 
     Not for routed experts on a CPU: each sees another number of tokens, and oneDNN keeps a compiled kernel for every
-    shape it has met (0.6 GB more for a model of 8M parameters)."""
+    shape it has met (0.6 GB more for a model of 8M parameters).
+    """
     routed = model.device.type == "cpu" and family_of(model.config).experts is not None
     fast = model.dtype == torch.float32 and bfloat16_is_fast(model.device.type) and not routed
     return torch.autocast(model.device.type, torch.bfloat16, enabled=fast)

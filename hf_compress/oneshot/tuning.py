@@ -32,11 +32,15 @@ def tune(block: Block, calls: list[Call], weights: Sequence[Weight], tuning: Tun
     x what the compressed model hands to the block, d the dense model's output of it (`Call.dense`), both (batch,
     tokens, hidden). Solvers see one matrix at a time and no nonlinearity; here they make up for each other. A token
     counts by its relative error, as the norm of whatever reads the stream next will see it: in absolute size a few
-    outlier tokens would be all there is. The loss of each epoch is returned.
+    outlier tokens would be all there is. The loss of each epoch is returned, without a unit. Reconstruction of whole
+    blocks is that of BRECQ (Li et al. 2021, https://arxiv.org/abs/2102.05426), there for rounding.
 
     Few passes are the regulariser: every step is held back, and noise of the text is learned last.
 
     Memory: for each weight of the block 12 bytes, 16 where it is not fp32, and the activations of one batch.
+
+    Raises:
+        CompressError: the block's output is not finite.
     """
     found = {weight.parameter: weight.whole for weight in weights}
     kept = _nonzero(weights)

@@ -13,6 +13,7 @@ from datasets import Dataset, load_dataset
 from torch import Tensor
 
 from hf_compress.errors import CompressError
+from hf_compress.files import sha256
 from hf_compress.heads import targets
 from hf_compress.techniques.base import Step
 from hf_compress.techniques.soft_targets import SoftTargets
@@ -21,16 +22,11 @@ MANIFEST = "cache.json"
 
 
 @dataclass
-class Sampled:
-    """`n` draws from softmax(teacher / T) at each row (random-sampling KD, https://arxiv.org/abs/2503.16870).
-
-    ids: (rows, n) drawn classes, with repeats. entropy: (rows,) of the whole distribution. The value is an unbiased
-    estimate of T^2 KL and its gradient T (q - counts / n) of T (q - p), at any student: also where q = p, where a
-    renormalized top-k would still pull.
-    """
+class _Kept:
+    """Answers as tables, ids (rows, n) and what goes with them, looked up row by row."""
 
     ids: Tensor
-    entropy: Tensor
+    rest: Tensor
     weight: float = 1.0
 
     def chunk(self, rows: Tensor) -> None:
@@ -38,52 +34,46 @@ class Sampled:
 
     def block(self, block: slice) -> None:
         rows = self._rows[block]
-        self._ids, self._entropy = self.ids[rows], self.entropy[rows]
-
-    def learn(self, student: Tensor, soft: SoftTargets) -> tuple[Tensor, Tensor]:
-        log_q = (student / soft.temperature).log_softmax(-1)
-        value = -log_q.gather(-1, self._ids).mean(-1) - self._entropy
-        share = torch.full_like(self._ids, -1 / self._ids.shape[-1], dtype=log_q.dtype)
-        gradient = log_q.exp_().scatter_add_(-1, self._ids, share)
-        return value * soft.temperature**2, gradient.mul_(soft.temperature)
+        self._ids, self._rest = self.ids[rows], self.rest[rows]
 
     def compare(self, log_q: Tensor) -> tuple[Tensor, Tensor]:
         raise AssertionError("a cache holds no evaluation rows")
 
 
-@dataclass
-class TopK:
-    """The k likeliest classes and one bucket for all others: KL between those k + 1 probabilities.
+class Sampled(_Kept):
+    """`n` draws from softmax(teacher / T) at each row (random-sampling KD, https://arxiv.org/abs/2503.16870).
 
-    ids: (rows, k). logs: (rows, k) log-probabilities at temperature T. The gradient is zero where q = p; elsewhere it
-    knows nothing of how the tail is shared out.
+    ids: (rows, n) drawn classes, with repeats. rest: (rows,) entropy of the whole distribution, nats. The value is an
+    unbiased estimate of T^2 KL and its gradient T (q - counts / n) of T (q - p), at any student: also where q = p,
+    where a renormalized top-k would still pull.
     """
-
-    ids: Tensor
-    logs: Tensor
-    weight: float = 1.0
-
-    def chunk(self, rows: Tensor) -> None:
-        self._rows = rows
-
-    def block(self, block: slice) -> None:
-        rows = self._rows[block]
-        self._ids, self._logs = self.ids[rows], self.logs[rows]
 
     def learn(self, student: Tensor, soft: SoftTargets) -> tuple[Tensor, Tensor]:
         log_q = (student / soft.temperature).log_softmax(-1)
-        kept, p = log_q.gather(-1, self._ids), self._logs.exp()
+        value = -log_q.gather(-1, self._ids).mean(-1) - self._rest
+        share = torch.full_like(self._ids, -1 / self._ids.shape[-1], dtype=log_q.dtype)
+        gradient = log_q.exp_().scatter_add_(-1, self._ids, share)
+        return value * soft.temperature**2, gradient.mul_(soft.temperature)
+
+
+class TopK(_Kept):
+    """The k likeliest classes and one bucket for all others: KL between those k + 1 probabilities.
+
+    ids: (rows, k). rest: (rows, k) log-probabilities at temperature T. The gradient is zero where q = p; elsewhere it
+    knows nothing of how the tail is shared out.
+    """
+
+    def learn(self, student: Tensor, soft: SoftTargets) -> tuple[Tensor, Tensor]:
+        log_q = (student / soft.temperature).log_softmax(-1)
+        kept, p = log_q.gather(-1, self._ids), self._rest.exp()
         p_tail = (1 - p.sum(-1)).clamp_min(1e-9)
         q_tail = (1 - kept.exp().sum(-1)).clamp_min(1e-9)
-        value = (p * (self._logs - kept)).sum(-1) + p_tail * (p_tail / q_tail).log()
+        value = (p * (self._rest - kept)).sum(-1) + p_tail * (p_tail / q_tail).log()
         q = log_q.exp_()
         # d value / d logits = q + slope, slope = -p at the k and -p_tail q / q_tail elsewhere
         gradient = q * (1 - p_tail / q_tail).unsqueeze(-1)
         gradient.scatter_(-1, self._ids, kept.exp() - p)
         return value * soft.temperature**2, gradient.mul_(soft.temperature)
-
-    def compare(self, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        raise AssertionError("a cache holds no evaluation rows")
 
 
 def row_key(ids: list[int], labels: list[int]) -> int:
@@ -100,8 +90,7 @@ def teacher_hash(folder: str | Path) -> str:
     """Of a folder's config and every byte of its weights."""
     digest = hashlib.sha256()
     for file in sorted([*Path(folder).glob("config.json"), *Path(folder).glob("*.safetensors")]):
-        with file.open("rb") as opened:
-            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+        digest.update(file.name.encode() + bytes.fromhex(sha256(file)))
     return digest.hexdigest()
 
 
@@ -126,9 +115,7 @@ class Cache:
                     f"the cache is not finished: {file.name} is missing",
                     "run the cache-teacher command again to go on",
                 )
-            with file.open("rb") as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
-            if found != json.loads(note.read_text())["sha256"]:
+            if sha256(file) != json.loads(note.read_text())["sha256"]:
                 raise self._error(
                     f"{file.name} is not what was written: cut off or changed",
                     f"remove {file.name} and run the cache-teacher command again: only that shard is made anew",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -121,8 +121,8 @@ def answering(teacher: nn.Module, *, base: bool) -> Iterator[None]:
         if not base:
             yield
             return
-        training = teacher.training
-        with teacher.disable_adapter():  # type: ignore[operator]
+        training, adapted = teacher.training, cast(Any, teacher)
+        with adapted.disable_adapter():
             teacher.eval()
             try:
                 yield
