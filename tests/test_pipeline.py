@@ -370,7 +370,7 @@ def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("stages/2/quantize/method", "gptqq", "no solver 'gptqq'"),
         ("stages/2/quantize/solver_options", {"damping": 1}, r"rtn has no option[\s\S]*quantize.solver_options"),
         ("stages/0/prune/solver_options", {"stepz": 1}, r"did you mean 'steps'|has no option 'stepz'"),
-        ("stages/2/quantize", {"backend": "bitsandbytes", "streaming": True}, "grids of its own"),
+        ("stages/2/quantize", {"backend": "bitsandbytes", "streaming": True}, "rounds the whole model at once"),
         ("stages/2/quantize/backend", "bitsandbites", r"unknown backend[\s\S]*did you mean 'bitsandbytes'"),
         ("stages/2/quantize/options", {"dtype": "float16"}, "no option 'dtype'"),
         ("stages/2", {"quantise": {}}, r"unknown stage 'quantise'[\s\S]*did you mean 'quantize'"),
