@@ -63,7 +63,7 @@ class Grid:
         if self.kind in ("int", "uint"):
             return ratio.round().clamp(levels[0], levels[-1])
         table = torch.tensor(levels, device=ratio.device)
-        return table[torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)]
+        return table[torch.bucketize(ratio.contiguous(), (table[1:] + table[:-1]) / 2)]
 
     def stored(self, scale: Tensor) -> Tensor:
         """The scales that a reader of the container will see."""

@@ -137,7 +137,7 @@ SCALE_RATE = 0.05  # of the relative change of a scale, for each level of the ra
 class _Levels:
     """w = f s nearest(r): r the continuous levels, f the factors of the scales, both moved:
 
-        dL/dr = dL/dw f s  (straight through the rounding, 0 where r is beyond the grid)      dL/df = sum dL/dw s level
+    dL/dr = dL/dw f s  (straight through the rounding, 0 where r is beyond the grid)      dL/df = sum dL/dw s level
     """
 
     def __init__(self, weight: Weight, rounded: Rounded, grid: Grid, rate: float) -> None:

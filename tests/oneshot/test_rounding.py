@@ -1,5 +1,6 @@
-"""Invariants of second-order rounding (methods: GPTQ, QuantEase), pure functions first, then what a model must keep."""
+"""Invariants of second-order rounding (GPTQ, QuantEase): pure functions first, then what a model must keep."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_descent_never_rises_stays_on_the_grid_and_ends() -> None:
     else:
         pytest.fail("no fixed point after 30 passes")
     assert len(losses) > 2
-    assert all(b <= a + 1e-3 * abs(a) for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a + 1e-3 * abs(a) for a, b in pairwise(losses))
     assert set(levels.unique().tolist()) <= set(grid.levels())
 
 
@@ -149,7 +150,8 @@ def test_searched_scales_are_never_worse_and_reach_to_both_sides() -> None:
     found = searched_scales(w, grid, importance)
     assert (error(found) <= error(scales(w, grid)) + 1e-6).all()
     assert error(found).sum() < 0.9 * error(scales(w, grid)).sum()
-    assert (found < 0).any() and (found > 0).any()
+    assert (found < 0).any()
+    assert (found > 0).any()
     assert (searched_scales(w, Grid(4, 16, "nf4"), importance) > 0).all()
 
 
@@ -164,7 +166,8 @@ def test_a_pinned_grid_is_found_again_from_the_values(kind: str) -> None:
         assert torch.equal(from_codes(codes(weight.matrix, scale, grid), scale), weight.matrix)
     w = matrix()
     pins = pinned(w, grid)
-    assert pins is not None and (grid.groups(pins).sum(-1) == 1).all()
+    assert pins is not None
+    assert (grid.groups(pins).sum(-1) == 1).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
