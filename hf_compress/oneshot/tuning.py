@@ -20,7 +20,7 @@ WARMUP = 4  # steps
 @dataclass(frozen=True)
 class Tuning:
     """epochs: passes over the calibration text. rate: of Adam, falling linearly to 0; in units of the root mean square
-    of the weights that are left of a matrix, or of levels where weights are rounded. grid: weight name -> its grid,
+    of the weights that are left of a matrix, or of the mean gap of levels where weights are rounded. grid: weight name -> its grid,
     where they are."""
 
     epochs: int = 2
@@ -141,17 +141,19 @@ class _Levels:
     """
 
     def __init__(self, weight: Weight, rounded: Rounded, grid: Grid, rate: float) -> None:
+        levels = grid.levels()
+        self._gap = (levels[-1] - levels[0]) / (len(levels) - 1)
         self._weight, self._rounded, self._grid, self._rate = weight, rounded, grid, rate
         self._free = ~rounded.ratio.isnan()
         self._scale, self._start = rounded.scale, grid.stored(rounded.scale).float()
         grouped = grid.groups(weight.matrix).float() / self._start[..., None]
         self._level = grid.nearest(grouped).flatten(1)
-        self._ratio = torch.where(self._free, rounded.ratio, self._level).float()
+        self._ratio = torch.where(self._free, rounded.ratio, self._level).float().contiguous()
         self._factor = torch.ones_like(self._start)
 
     def groups(self) -> list[dict[str, object]]:
         return [
-            {"params": [self._ratio], "lr": self._rate},
+            {"params": [self._ratio], "lr": self._rate * self._gap},
             {"params": [self._factor], "lr": self._rate * SCALE_RATE},
         ]
 
@@ -161,9 +163,11 @@ class _Levels:
             return
         gradient, grid = self._weight.of(whole.grad).float(), self._grid
         step = (self._start * self._factor)[..., None]
-        low, high = grid.levels()[0], grid.levels()[-1]
-        inside = self._free & (self._ratio >= low - 0.5) & (self._ratio <= high + 0.5)
-        self._ratio.grad = (grid.groups(gradient) * step).flatten(1) * inside
+        low, high = grid.levels()[0] - self._gap / 2, grid.levels()[-1] + self._gap / 2
+        inside = self._free & (self._ratio >= low) & (self._ratio <= high)
+        self._ratio.grad = (
+            (grid.groups(gradient) * step).flatten(1) * inside
+        ).contiguous()  # fused Adam goes by memory
         self._factor.grad = (grid.groups(gradient * self._level) * self._start[..., None]).sum(-1)
 
     def put(self) -> None:

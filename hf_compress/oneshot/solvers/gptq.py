@@ -82,9 +82,11 @@ def gptq(
             scale = torch.where(better > 0, better, scale) if chosen.pinned else better
             step = steps(given, chosen.stored(scale))
             levels = coordinate_descent(given, levels, step, chosen, fixed)
-        ratio = levels + (given.right - (levels * step) @ given.gram) / step if epochs else None
-        if ratio is not None:
-            ratio = torch.where(fixed.isnan(), levels + (ratio - levels).clamp(-0.5, 0.5), torch.nan)
+        ratio = None
+        if epochs:  # the level that would be best with all others as they are, where rounding it gives the one it has
+            ratio = levels + (given.right - (levels * step) @ given.gram) / step
+            ratio = torch.where(chosen.nearest(ratio) == levels, ratio, levels)
+            ratio = torch.where(fixed.isnan(), ratio, torch.nan)
         return Solved(from_codes(levels, chosen.stored(scale)), scale, ratio)
 
     needs = ("hessian", *(DENSE_TARGET if dense_target else ()))
