@@ -1,4 +1,4 @@
-"""One arm of `quantization_quality.py`, a process (for a peer an environment) of its own: quantize, measure, write JSON.
+"""One arm of `quantization_quality.py`, a process (for a peer an environment) of its own: quantize, measure, write.
 
     python tests/benchmarks/quantization_arm.py --library ours --method gptq --scheme w3 --group 64 \\
         --model FOLDER --tokens tokens.safetensors --seed 0 --out arm.json
