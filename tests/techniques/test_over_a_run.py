@@ -66,8 +66,8 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, float]]:
 def test_taid_rises_and_evaluates_against_the_teacher_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = shares(monkeypatch)
     run = trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", seed=1), taid=0.4)], max_steps=6)
-    run.train()
     run.evaluate()
+    run.train()
     trained = [share for training, share in seen if training]
     assert trained[0] == 0.4
     assert trained[-1] == 1.0
