@@ -6,11 +6,12 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
+from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -21,11 +22,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.card import FACTS, adopt_prose, note_published, read_facts, save_facts, without_folders, write_card
 from hf_compress.errors import CompressError
 from hf_compress.shippable import shippable
-from hf_compress.verification import HASHES, verify, write_hashes
+from hf_compress.verification import EXPECTATION, HASHES, require_unchanged, verify, write_hashes
 
 OURS = ("*.safetensors", "*.safetensors.index.json", "onnx/*", "plots/*", "verify/*", ".eval_results/*")
 ATTEMPTS = 4  # of the whole upload; what arrived before is not sent again
@@ -40,6 +42,32 @@ class Published:
     commit: str
     changed: bool
     pull_request: str | None = None
+
+
+@dataclass
+class Publish:
+    """``publish: {repo: my-org/small, private: true}``"""
+
+    repo: str = field(metadata={"help": "where to: user/name or organisation/name"})
+    private: bool = field(default=False, metadata={"help": "make a new repository private"})
+    revision: str | None = field(
+        default=None, metadata={"help": "branch to commit to, made when there is none; none = main"}
+    )
+    create_pr: bool = field(default=False, metadata={"help": "open a pull request instead of committing to main"})
+
+    def check(self) -> None:
+        """What is wrong whatever the machine."""
+        _check_target(self.repo, self.revision, self.create_pr)
+
+    def require_possible(self) -> None:
+        """Raise a CompressError where this machine could not publish now: not logged in, or told to stay offline."""
+        _require_login(self.repo)
+        if is_offline_mode():
+            raise CompressError(
+                "the Hub's client was told to stay offline",
+                where=f"publish.repo: {self.repo}",
+                next_step="unset HF_HUB_OFFLINE, or leave `publish:` out and run `hf-compress publish` later",
+            )
 
 
 def publish(
@@ -63,22 +91,25 @@ def publish(
     Args:
         private: make a new repository private; an existing public one is refused then.
         revision: branch to commit to, made from main when there is none.
-        check: False for a model still in training, which no expectation was recorded of; its card says so.
+        check: False for a folder verified a moment ago, and for a model still in training, which no expectation was
+            recorded of; its card says so.
 
     Raises:
         CompressError: not logged in, no right to write, a commit of somebody else meanwhile, no connection; what
         `verify` or `shippable` refuses; prose changed both here and on the Hub.
     """
     folder = Path(folder)
-    if create_pr and revision is not None:
-        raise CompressError("a pull request is against main", where="revision", next_step="give one or the other")
+    _check_target(repo, revision, create_pr)
     facts = read_facts(folder)
     shippable(folder)  # refusals before anything is opened or sent
     _require_login(repo)
-    if check:
+    if check and not (folder / HASHES).exists():
+        write_hashes(folder)
+    if check and facts["verify"] is None and facts.get("recipe") and not (folder / EXPECTATION).exists():
+        say("larger than the memory of the machine that made it: its hashes are compared, it is not opened")
+        require_unchanged(folder)
+    elif check:
         say("verifying in a fresh process")
-        if not (folder / HASHES).exists():
-            write_hashes(folder)
         found = verify(folder)[str(folder)]
         if facts["verify"] is None:
             save_facts(facts | {"verify": found}, folder / FACTS)
@@ -114,6 +145,14 @@ def create(repo: str, *, private: bool = False) -> str:
                 next_step="make it private on the Hub, or choose another",
             )
     return name
+
+
+def _check_target(repo: str, revision: str | None, create_pr: bool) -> None:
+    """Raise a CompressError for a name the Hub would not take, or a pull request against a branch."""
+    with _explained(repo, None):
+        validate_repo_id(repo)
+    if create_pr and revision is not None:
+        raise CompressError("a pull request is against main", where="revision", next_step="give one or the other")
 
 
 def _require_login(repo: str) -> None:
