@@ -276,6 +276,14 @@ def test_lora_on_some_modules_covers_some(decoder: dict[str, Any], tmp_path: Pat
     assert "model.layers.0.self_attn.k_proj.weight" in found["skipped"]["not selected"]
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_auto_asks_the_machine(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_compress.stages.train.bfloat16_is_fast", lambda device: fast)
+    stage = Train(args={"bf16": "auto"})
+    stage.check([], where="stages[0].train")
+    assert stage._arguments("unused", 0).bf16 is fast
+
+
 def test_lora_under_a_mask_is_merged_with_its_zeros(decoder: dict[str, Any], tmp_path: Path) -> None:
     tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path / "model")
     prune = {"pattern": "2:4", "begin": "1 step", "end": "0.5 epochs", "every": 1}
@@ -374,7 +382,7 @@ def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("stages/0", {"export": {}}, "put export last"),
         ("stages", {"prune": {"sparsity": 0.9}}, "begins with a dash"),
         ("stages", [None], "begins with a dash"),
-        ("stages/2/quantize/bits", 3, r"4 or 8 bits, not 3[\s\S]*stages\[2\].quantize.bits"),
+        ("stages/2/quantize/bits", 9, r"2 to 8 bits, not 9[\s\S]*stages\[2\].quantize.bits"),
         ("stages/1/train/args/max_steps", "abc", r"valid integer[\s\S]*args.max_steps"),
         ("stages/2/quantize/method", "gptqq", "no solver 'gptqq'"),
         ("stages/2/quantize/solver_options", {"damping": 1}, r"rtn has no option[\s\S]*quantize.solver_options"),

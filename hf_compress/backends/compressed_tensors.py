@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.backends import Written, backends
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
-from hf_compress.fake_quant import Grid, codes, from_codes
-from hf_compress.fake_quant import scales as find_scales
 from hf_compress.families import expert_options, family_of
+from hf_compress.grids import Grid, codes, from_codes
+from hf_compress.grids import scales as find_scales
 from hf_compress.weights import Weight, stored_scales, weights
 
 
@@ -29,14 +29,18 @@ def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float
         return "Conv1D is not nn.Linear, the only thing compressed-tensors packs"
     if group_size is not None and width % group_size:
         return f"{group_size} does not divide its {width} inputs"
-    per_word = 32 // bits
-    return 4.0 * out * -(-width // per_word) + out * (width // (group_size or width)) * weight.whole.element_size()
+    return 4.0 * out * -(-width * bits // 32) + out * (width // (group_size or width)) * weight.whole.element_size()
+
+
+def grid(*, bits: int, group_size: int | None = None, activations: int | None = None) -> Grid:
+    """The points this container stores, for a solver to round to."""
+    return Grid(bits, group_size)
 
 
 def check(*, bits: int, group_size: int | None = None, activations: int | None = None) -> None:
     """Raise a CompressError for what this container does not have, whatever the model."""
-    if bits not in (4, 8):
-        raise CompressError(f"this container stores 4 or 8 bits, not {bits}", where="bits")
+    if not 2 <= bits <= 8:
+        raise CompressError(f"this container stores 2 to 8 bits, not {bits}", where="bits")
     if activations is not None and (activations, bits, group_size) != (8, 8, None):
         raise CompressError(
             f"activations in {activations} bits need 8, with 8-bit weights and no group size",
@@ -52,7 +56,7 @@ class Packing:
     reasons: weight -> why it stays as it is. quantization_config: what config.json says of it.
 
     Raises:
-        CompressError: bits other than 4 or 8; Conv1D; with experts, a group size that does not divide every matrix
+        CompressError: bits below 2 or above 8; Conv1D; with experts, a group size that does not divide every matrix
         (all experts must be packed); 8-bit activations with 4-bit weights, groups or experts.
     """
 
@@ -71,9 +75,9 @@ class Packing:
             raise CompressError(
                 "transformers does not load stacked experts with quantized activations",
                 where="quantize.options.activations",
-                next_step="leave activations out: weights in 4 or 8 bits cover the experts",
+                next_step="leave activations out: weights in 2 to 8 bits cover the experts",
             )
-        self.grid, self.activations = Grid(bits, group_size), activations
+        self.grid, self.activations = grid(bits=bits, group_size=group_size), activations
         self.reasons = {
             w.name: reason for w in found if isinstance(reason := stores(w, bits=bits, group_size=group_size), str)
         }
@@ -104,7 +108,7 @@ class Packing:
             scale = find_scales(tensor, self.grid) if scale is None else scale.to(tensor.dtype)
         except CompressError as error:
             raise CompressError(error.what, where=key, next_step=error.next_step) from error
-        rounded = codes(tensor, scale, self.grid)
+        rounded = codes(tensor, scale, self.grid).to(torch.int8)
         stored = {f"{key}_scale": scale.contiguous()}
         if self.activations is not None:
             stored[key] = rounded
@@ -112,7 +116,7 @@ class Packing:
             stored[f"{key}_packed"] = pack_to_int32(rounded, self.grid.bits)
             stored[f"{key}_shape"] = torch.tensor(tensor.shape)
         back = self.decode(key, stored.__getitem__)  # what a reader will see, compared while the truth is at hand
-        steps = self.grid.groups((back.float() - tensor.float()).abs()) / scale.float()[..., None]
+        steps = self.grid.groups((back.float() - tensor.float()).abs()) / scale.float().abs()[..., None]
         if steps.max() > (0.501 if tensor.dtype == torch.float32 else 1.01):  # 16 bits round scale and product too
             raise CompressError(
                 f"the packed weight is off by {float(steps.max()):.2f} steps, more than rounding explains",
@@ -165,9 +169,9 @@ def _numbers(bits: int, *, dynamic: bool) -> dict[str, Any]:
 
 @backends.register(
     "compressed-tensors",
-    summary="4 or 8 bits in groups, experts included; int8 activations for dense models; what vLLM serves",
+    summary="2 to 8 bits in groups, experts included; int8 activations for dense models; what vLLM serves",
     paper="https://github.com/vllm-project/compressed-tensors",
-    disk="about 4x (8 bits) or 7x (4 bits) smaller than fp32",
+    disk="about 4x (8 bits) or 7x (4 bits) smaller than fp32; 2 and 3 bits too",
     memory="none saved in transformers: weights are dense again after the first forward; small in vLLM",
     speed="no gain in transformers; vLLM has the kernels",
     experts="yes (weights only)",
@@ -175,6 +179,7 @@ def _numbers(bits: int, *, dynamic: bool) -> dict[str, Any]:
     needs="compressed-tensors",
     stores=stores,
     check=check,
+    grid=grid,
     packing=Packing,
 )
 def compressed_tensors(
@@ -187,11 +192,11 @@ def compressed_tensors(
     activations: int | None = None,
     scales: Mapping[str, Tensor] | None = None,
 ) -> Written:
-    """Write `model` with every block matrix as symmetric integers of `bits` (4 or 8), a scale for each `group_size`
+    """Write `model` with every block matrix as symmetric integers of `bits`, a scale for each `group_size`
     inputs (None: each row).
 
-    The values of `fake_quant` at the absmax scale, so a model that was trained with `QAT` on the same grid is stored
-    without change (8 bits in 16-bit dtypes: almost, see `fake_quant.scales`). activations: 8 rounds the inputs of
+    The values of `fake_quantize` at the absmax scale, so a model that was trained with `QAT` on the same grid is
+    stored without change (8 bits in 16-bit dtypes: almost, see `grids.scales`). activations: 8 rounds the inputs of
     every packed layer to int8 too, a scale for each token as it comes. scales: weight name -> (out, groups), where a
     solver chose the grid: stored as they are.
 

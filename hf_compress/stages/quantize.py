@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_compress.backends import backends, quantize
 from hf_compress.errors import CompressError, did_you_mean
-from hf_compress.oneshot import compress_blocks, compress_checkpoint, empty_model, solvers
+from hf_compress.oneshot import Solver, compress_blocks, compress_checkpoint, empty_model, solvers
 from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.stages.base import Done, Stage, Work
 
@@ -67,13 +67,13 @@ class Quantize(Stage):
             backends.entry(self.backend).traits["check"](bits=self.bits, group_size=self.group_size, **self.options)
         except CompressError as error:
             raise CompressError(error.what, where=f"{where}.{error.where}", next_step=error.next_step) from error
-        packs = "packing" in backends.entry(self.backend).traits
-        if (self.method is not None or self.streaming) and not packs:
-            raise CompressError(
-                f"{self.backend} rounds on grids of its own, the whole model at once",
-                where=f"{where}.{'method' if self.method else 'streaming'}",
-                next_step="leave it out, or use backend: compressed-tensors",
-            )
+        for key, asked, trait in (("method", self.method, "grid"), ("streaming", self.streaming, "packing")):
+            if asked and trait not in backends.entry(self.backend).traits:
+                raise CompressError(
+                    f"{self.backend} rounds the whole model at once, by itself",
+                    where=f"{where}.{key}",
+                    next_step="leave it out, or use backend: compressed-tensors",
+                )
         if self.method is not None:
             makers = [entry.name for entry in solvers if entry.traits["makes"] == "codes"]
             if self.method not in makers:
@@ -86,14 +86,17 @@ class Quantize(Stage):
         if "quantize" in work_kinds:
             raise CompressError("the weights are quantized already", where=where, next_step="keep one quantize stage")
 
+    def _rounding(self, default: str) -> Solver:
+        grid = backends.entry(self.backend).traits["grid"](bits=self.bits, group_size=self.group_size, **self.options)
+        return solvers[self.method or default](grid=grid, **self.solver_options)
+
     def run(self, work: Work) -> Done:
         saved = work.folder / "quantized"
         if not self.streaming:
             shutil.rmtree(saved, ignore_errors=True)  # of a run that stopped between writing it and taking it over
         where = f"quantize ({self.backend}, {self.bits} bits)"
-        chosen = solvers[self.method or "rtn"]
-        rounding = chosen(bits=self.bits, group_size=self.group_size, **self.solver_options)
         if self.streaming:
+            rounding = self._rounding("rtn")
             empty = empty_model(Path(work.checkpoint))
             packing = backends.entry(self.backend).traits["packing"](
                 empty, bits=self.bits, group_size=self.group_size, **self.options
@@ -104,6 +107,7 @@ class Quantize(Stage):
             return Done(None, report.facts(), covered, saved, quantized=self.backend)
         scales, facts = None, dict[str, Any]()
         if self.method is not None:
+            rounding = self._rounding(self.method)
             batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []
             report = compress_blocks(work.model, batches, rounding, resume_dir=work.folder / "blocks")
             scales, facts = report.scales, report.facts()

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from hf_compress.coverage import coverage
 from hf_compress.data import Data, Rows, prepare
 from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.oneshot.precision import bfloat16_is_fast
 from hf_compress.stages.base import Done, Stage, Work, refuse_after_export
 from hf_compress.techniques import Technique
 from hf_compress.techniques.distillation import Distillation
@@ -65,7 +66,10 @@ class Train(Stage):
     dropout: float | None = field(
         default=None, metadata={"help": "of every dropout layer while this stage trains; none = the model's own"}
     )
-    args: dict[str, Any] = field(default_factory=dict, metadata={"help": "any TrainingArguments field"})
+    args: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "any TrainingArguments field; bf16: auto = where the machine has instructions for it"},
+    )
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
         refuse_after_export(work_kinds, where=where)
@@ -78,6 +82,8 @@ class Train(Stage):
                     where=f"{where}.args",
                     next_step=did_you_mean(key, _ARGUMENTS),
                 )
+            if (key, value) == ("bf16", "auto"):
+                continue
             if value is False and key.endswith("_strategy"):
                 self.args[key] = "no"  # YAML reads no as false
             try:
@@ -124,6 +130,8 @@ class Train(Stage):
         arguments = self._arguments(str(work.folder / "trainer"), work.seed)
         if "logging_steps" not in self.args:
             arguments.logging_steps = _logged_every(arguments, rows)
+        if arguments.bf16 and arguments.use_cpu and not bfloat16_is_fast("cpu"):
+            work.say("  this CPU has no instructions for bfloat16: several times slower than args: {bf16: auto}")
         stop = _StopAfterSaving()
         trainer = CompressionTrainer(
             student,
@@ -145,6 +153,7 @@ class Train(Stage):
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
             "seconds": outcome.metrics["train_runtime"],
+            "bf16": arguments.bf16,
             "log": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
             "frozen": frozen,
             "techniques": {type(t).__name__: t.facts() for t in techniques},
@@ -190,7 +199,10 @@ class Train(Stage):
             "dataloader_pin_memory": torch.cuda.is_available(),
             "use_cpu": not torch.cuda.is_available(),
         }
-        return TrainingArguments(**(defaults | self.args | {"output_dir": folder, "seed": seed}))
+        given = defaults | self.args | {"output_dir": folder, "seed": seed}
+        if given.get("bf16") == "auto":
+            given["bf16"] = bfloat16_is_fast("cuda" if torch.cuda.is_available() else "cpu")
+        return TrainingArguments(**given)
 
     def _rows(self, work: Work) -> Rows:
         train = work.prepared.train

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.errors import CompressError
-from hf_compress.fake_quant import Grid, fake_quantize, fake_quantize_ste, scales
+from hf_compress.grids import Grid, fake_quantize, fake_quantize_ste, scales
 from hf_compress.selection import without
 from hf_compress.techniques.base import Technique
 from hf_compress.techniques.lora import check_teacher, merge_in_forward

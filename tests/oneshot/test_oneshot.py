@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from hf_compress.backends import backends, quantize
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
-from hf_compress.fake_quant import Grid, fake_quantize, scales
+from hf_compress.grids import Grid, fake_quantize, scales
 from hf_compress.oneshot import (
     Solved,
     Solver,
@@ -235,7 +235,7 @@ def test_round_to_nearest_is_on_the_grid_and_keeps_zeros(name: str, dtype: torch
     model, grid = tiny(name).to(dtype), Grid(bits, 32)
     prune(model, [], method="criterion", criterion="magnitude", sparsity=0.5)
     before = {w.name: w.matrix.clone() for w in weights(model)}
-    compress_blocks(model, [], solvers["rtn"](bits=bits, group_size=32))
+    compress_blocks(model, [], solvers["rtn"](grid=grid))
     for weight in weights(model):
         old, new = before[weight.name], weight.matrix
         scale = scales(old, grid)
@@ -253,7 +253,7 @@ def test_weights_that_are_not_finite_are_named_not_rounded() -> None:
     model = tiny("llama")
     blocks_of(model)[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(CompressError, match=r"layers\.1\.mlp\.up_proj"):
-        compress_blocks(model, [], solvers["rtn"](bits=4))
+        compress_blocks(model, [], solvers["rtn"](grid=Grid(4)))
 
 
 def test_a_calibrating_solver_without_batches_is_refused() -> None:
@@ -272,7 +272,7 @@ def test_streamed_into_a_container_equals_the_backend_in_memory(
     backend = backends["compressed-tensors"]
     backend(model, None, tmp_path / "memory", **options)
     packing = backends.entry("compressed-tensors").traits["packing"](empty_model(tmp_path / "source"), **options)
-    solver = solvers["rtn"](bits=options["bits"], group_size=options.get("group_size"))
+    solver = solvers["rtn"](grid=Grid(options["bits"], options.get("group_size")))
     read, decoded = packing.decode, []
 
     def stop_in_the_second_block(group, statistics):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_compress.errors import CompressError
-from hf_compress.fake_quant import Grid, codes, fake_quantize, fake_quantize_ste, scales
+from hf_compress.grids import Grid, codes, fake_quantize, fake_quantize_ste, scales
 from hf_compress.techniques.qat import QAT
 from hf_compress.weights import weights
 from tests.models import tiny

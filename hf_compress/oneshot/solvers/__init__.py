@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_compress.criteria import Criterion, Statistics, seed_of
 from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.grids import Grid
 from hf_compress.oneshot.tuning import Tuning
 from hf_compress.registry import Registry
 from hf_compress.weights import Weight
@@ -60,9 +61,9 @@ class Solver:
 
 solvers: Registry[Callable[..., Solver]] = Registry("solver", __name__)
 """``solver(**options) -> Solver``. Trait `makes`: ``zeros`` (a `prune` stage) or ``codes`` (a `quantize` stage, with
-options bits and group_size)."""
+options grid, the container's, and grids, weight name -> another)."""
 
-ASKED = ("bits", "group_size", "sparsity", "pattern", "group", "sparsities", "criterion", "gradients")
+ASKED = ("grid", "grids", "sparsity", "pattern", "group", "sparsities", "criterion", "gradients")
 """Arguments of solvers that stages and `prune` have fields of their own for."""
 
 
@@ -85,6 +86,11 @@ def check_solver_options(name: str, given: Mapping[str, Any], *, where: str) -> 
                 where=where,
                 next_step=hints[option].__name__ + (", 0 or more" if number else ""),
             )
+
+
+def grid_facts(grid: Grid, own: Mapping[str, Grid]) -> dict[str, Any]:
+    """Of a quantizing solver's options: they tell runs on other grids apart."""
+    return grid.facts() | ({"grids": {name: each.facts() for name, each in sorted(own.items())}} if own else {})
 
 
 DENSE_TARGET = ("drift", "folds")

@@ -1,0 +1,232 @@
+"""Points that a weight may take: a few levels times a scale that neighbours share. Knows nothing about models or
+containers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_compress.errors import CompressError
+
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""Quantiles of a normal distribution, 0 exact (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
+_FP4 = (1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0)
+FP4 = (*(-magnitude for magnitude in reversed(_FP4)), 0.0, *_FP4)
+"""bitsandbytes' 4-bit float: one sign, two exponent and one mantissa bit, over its largest value."""
+KINDS = ("int", "uint", "nf4", "fp4", "powers", "codebook")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Points scale * (level - zero).
+
+    bits: 2^bits levels. group_size: inputs of a row that share a scale (None: the whole row; for one scale of a whole
+    tensor give it as one row).
+    kind: ``int``, integers -2^(b-1) .. 2^(b-1) - 1; ``uint``, 0 .. 2^b - 1 less a zero point of each group; ``nf4``,
+    ``fp4``; ``powers``, 0 and +-2^-k, k = 0 .. 2^(b-1) - 2; ``codebook``, the levels of `table` (`k_means`). 0 is
+    always a point.
+    pinned: the container finds the scale again as max |value| of a group, so in each group some weight must stand at
+    the largest magnitude, and no lower level than that exists. settle: scales (out, groups) -> what it makes of them.
+    """
+
+    bits: int
+    group_size: int | None = None
+    kind: str = "int"
+    table: tuple[float, ...] = ()
+    pinned: bool = False
+    settle: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
+
+    @property
+    def largest(self) -> float:
+        """The magnitude that levels reach on both sides."""
+        if self.kind == "int":
+            return float((1 << (self.bits - 1)) - 1)
+        levels = self.levels()
+        return min(-levels[0], levels[-1])
+
+    def levels(self) -> tuple[float, ...]:
+        """Ascending."""
+        return _levels(self.bits, self.kind, self.table, self.pinned)
+
+    def nearest(self, ratio: Tensor) -> Tensor:
+        """The level nearest to each ratio w / scale + zero, fp32; halves go to the even integer."""
+        levels = self.levels()
+        if self.kind in ("int", "uint"):
+            return ratio.round().clamp(levels[0], levels[-1])
+        table = torch.tensor(levels, device=ratio.device)
+        return table[torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)]
+
+    def groups(self, matrix: Tensor) -> Tensor:
+        """(out, in) -> (out, groups, group) view.
+
+        Raises:
+            CompressError: the group size does not divide the inputs.
+        """
+        size = self.group_size or matrix.shape[1]
+        if matrix.shape[1] % size:
+            raise CompressError(
+                f"group size {size} does not divide {matrix.shape[1]} inputs",
+                where="quantization grid",
+                next_step="pick a divisor of the inputs, or no group size",
+            )
+        grouped: Tensor = matrix.unflatten(1, (-1, size))
+        return grouped
+
+    def facts(self) -> dict[str, Any]:
+        return {"bits": self.bits, "group_size": self.group_size, "kind": self.kind}
+
+
+@cache
+def _levels(bits: int, kind: str, table: tuple[float, ...], pinned: bool) -> tuple[float, ...]:
+    half = 1 << (bits - 1)
+    if kind == "int":
+        return tuple(float(level) for level in range(1 - half if pinned else -half, half))
+    if kind == "uint":
+        return tuple(float(level) for level in range(2 * half))
+    if kind == "powers":
+        magnitudes = [2.0**-k for k in range(half - 1)]
+        return (*(-m for m in magnitudes), 0.0, *reversed(magnitudes))
+    found = {"nf4": NF4, "fp4": FP4, "codebook": table}.get(kind)
+    assert found, f"{kind} is none of {KINDS}"
+    return found
+
+
+def scales(matrix: Tensor, grid: Grid) -> Tensor:
+    """(out, in) -> (out, groups): max |w| / largest level, never 0, in the dtype of `matrix`; for grids around 0.
+
+    With it, quantizing twice gives the same values; not for 8 bits in 16-bit dtypes, which cannot hold level * s:
+    there a second rounding moves about one code in a hundred by one step.
+
+    Raises:
+        CompressError: weights that are not finite; the group size does not divide the inputs.
+    """
+    top = _finite(grid.groups(matrix).abs().amax(-1).float())
+    return torch.where(top > 0, top / grid.largest, torch.ones_like(top)).to(matrix.dtype)
+
+
+def min_max(matrix: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(out, in) -> scale and zero, (out, groups) each, of a ``uint`` grid: it spans the group's range and 0, and zero
+    is the level at which 0 lies exactly.
+
+    Raises:
+        CompressError: as `scales`.
+    """
+    grouped = grid.groups(matrix).float()
+    low, high = _finite(grouped.amin(-1)).clamp(max=0), _finite(grouped.amax(-1)).clamp(min=0)
+    steps = grid.levels()[-1]
+    scale = torch.where(high > low, (high - low) / steps, torch.ones_like(high)).to(matrix.dtype)
+    return scale, (-low / scale.float()).round().clamp(0, steps)
+
+
+def _finite(found: Tensor) -> Tensor:
+    if not torch.isfinite(found).all():
+        raise CompressError(
+            "weights are not finite",
+            where="quantization grid",
+            next_step="check the checkpoint, or the training that made it",
+        )
+    return found
+
+
+def codes(matrix: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None = None) -> Tensor:
+    """The level of each weight, in fp32 (out, in): nearest(w / s + zero). 0 stays 0, and for integer grids
+    |w - (code - zero) * s| <= |s| / 2 inside the range (before code * s is rounded to a 16-bit dtype: up to |s|
+    then)."""
+    ratio = grid.groups(matrix).float() / scale[..., None].float()
+    return grid.nearest(ratio if zero is None else ratio + zero[..., None]).flatten(1)
+
+
+def from_codes(levels: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """Levels (out, in), scales and zeros (out, groups) -> (level - zero) * s, (out, in) in the dtype of the scales."""
+    grouped: Tensor = levels.unflatten(1, (scale.shape[1], -1)).float()
+    if zero is not None:
+        grouped = grouped - zero[..., None]
+    return (grouped * scale[..., None].float()).flatten(1).to(scale.dtype)
+
+
+def fake_quantize(matrix: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None = None) -> Tensor:
+    """The nearest point to each weight, rounded once to the dtype of the scales, (out, in)."""
+    return from_codes(codes(matrix, scale, grid, zero), scale, zero)
+
+
+def fake_quantize_ste(matrix: Tensor, grid: Grid) -> Tensor:
+    """`fake_quantize` at the absmax scale with the straight-through gradient, d out / d matrix = 1 (nothing is
+    clipped at absmax).
+
+    Bengio et al. 2013, https://arxiv.org/abs/1308.3432.
+    """
+    with torch.no_grad():
+        error = fake_quantize(matrix, scales(matrix, grid), grid) - matrix
+    return matrix + error
+
+
+def searched_scales(matrix: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
+    """(out, in) -> (out, groups): of scales that clip more or less, for grids around 0, the one with the least
+
+        sum over the group of importance_j (w_j - point_j)^2
+
+    importance: (in,), such as the mean square of each input; None: all alike. An integer grid reaches one step further
+    below 0 than above, so negative scales are tried too. In the dtype of `matrix`.
+
+    Raises:
+        CompressError: as `scales`.
+    """
+    widest = scales(matrix, grid)
+    grouped = grid.groups(matrix).float()
+    weight = torch.ones(matrix.shape[1], device=matrix.device) if importance is None else importance.float()
+    weight = weight.view(grouped.shape[1:])
+    pins = pinned(matrix, grid)
+    best, least = widest, torch.full(widest.shape, float("inf"), device=matrix.device)
+    signs = (1.0, -1.0) if grid.levels()[0] < -grid.largest else (1.0,)
+    for shrink in torch.linspace(1.1, 0.3, 33).tolist():
+        for sign in signs:
+            tried = (widest.float() * (sign * shrink)).to(matrix.dtype)
+            stored = tried if grid.settle is None else grid.settle(tried)
+            ratio = grouped / stored[..., None].float()
+            level = grid.nearest(ratio)
+            if pins is not None:
+                level = torch.where(grid.groups(pins), ratio.sign() * grid.largest, level)
+            error = ((ratio - level).square_() * weight).sum(-1) * stored.float().square()
+            better = error < least
+            best, least = torch.where(better, tried, best), torch.where(better, error, least)
+    return best
+
+
+def pinned(matrix: Tensor, grid: Grid) -> Tensor | None:
+    """(out, in) bool: the weight of each group that must stand at the largest magnitude, where the grid is `pinned`:
+    the one that is largest already."""
+    if not grid.pinned:
+        return None
+    grouped = grid.groups(matrix).abs()
+    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, grouped.argmax(-1, keepdim=True), True).flatten(1)
+
+
+def k_means(matrix: Tensor, bits: int, group_size: int | None = None, *, steps: int = 20) -> Grid:
+    """A ``codebook`` grid fitted to a matrix (out, in): Lloyd's iterations on its weights over their group's max |w|,
+    one level held at 0. Starts from quantiles, so it is deterministic. No container stores it: for analysis and QAT.
+    """
+    plain = Grid(bits, group_size)
+    top = scales(matrix, plain).float()[..., None] * plain.largest
+    points = (plain.groups(matrix).float() / top).flatten()
+    points = points.sort().values
+    places = torch.linspace(0, len(points) - 1, 1 << bits, device=matrix.device).round().long()
+    levels = points[places]
+    totals = torch.cat([points.new_zeros(1, dtype=torch.float64), points.double().cumsum(0)])
+    for _ in range(steps):
+        levels[levels.abs().argmin()] = 0
+        ends = torch.searchsorted(points, (levels[1:] + levels[:-1]) / 2)
+        bounds = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), len(points))])
+        count = bounds.diff()
+        mean = ((totals[bounds[1:]] - totals[bounds[:-1]]) / count.clamp_min(1)).float()
+        levels = torch.where(count > 0, mean, levels).sort().values
+    levels[levels.abs().argmin()] = 0
+    return Grid(bits, group_size, "codebook", tuple(levels.tolist()))
