@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,  # of the HTTP library that the client was built on
@@ -252,6 +253,12 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         yield
     except RevisionNotFoundError as error:
         raise CompressError("no such revision", where=where, next_step="check the branch, tag or commit") from error
+    except GatedRepoError as error:  # before its parent, RepositoryNotFoundError
+        raise CompressError(
+            "gated: its owner gives access to those who ask",
+            where=where,
+            next_step="open its page on the Hub, ask for access, then log in as who asked: `hf auth login`",
+        ) from error
     except RepositoryNotFoundError as error:
         raise CompressError(
             "no such repository, or it is private and you may not see it",

@@ -14,9 +14,9 @@ import yaml
 
 from hf_compress.card.citations import bibtex
 from hf_compress.card.comparison import comparison
-from hf_compress.card.escape import code, fence_for, one_line, text
+from hf_compress.card.escape import HUB_ID, code, fence_for, hub_link, one_line, text
 from hf_compress.card.facts import without_folders
-from hf_compress.card.metadata import HUB_ID, METRICS, metadata, root_of
+from hf_compress.card.metadata import METRICS, metadata, root_of
 from hf_compress.card.snippets import snippets
 
 HERE = "."  # the place that snippets load from while the model is not on the Hub
@@ -34,7 +34,14 @@ def render_card(facts: dict[str, Any], *, repo: str | None = None, plots: Collec
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters |= {"text": text, "cell": _cell, "code": code, "line": one_line, "url": quote}
+    environment.filters |= {
+        "text": text,
+        "cell": _cell,
+        "code": code,
+        "hub_link": hub_link,
+        "line": one_line,
+        "url": quote,
+    }
     facts = {"in_progress": None} | facts
     template = environment.from_string((Path(__file__).parent / "template.md").read_text())
     recipe = dump_recipe(facts)
@@ -80,7 +87,11 @@ def _cell(value: str) -> str:
 
 def _origin(facts: dict[str, Any]) -> str:
     base = facts["base_model"] or "A model trained from a config"
-    return f"{base.removeprefix('package://').split('/')[0]} (a Python package)" if "package://" in base else base
+    if HUB_ID.fullmatch(base):
+        return hub_link(base)
+    return text(
+        f"{base.removeprefix('package://').split('/')[0]} (a Python package)" if "package://" in base else base
+    )
 
 
 def _onnx_size(facts: dict[str, Any]) -> str:

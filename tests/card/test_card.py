@@ -132,7 +132,10 @@ def test_bound_to_the_hub_where_the_ids_are_of_the_hub() -> None:
     facts = read_facts(ROOT / "quickstart")
     facts |= {"base_model": "org/base", "datasets": ["org/films"], "base_revision": "abc123", "date": "2026-01-01"}
     facts["recipe"]["data"] |= {"config": "plain"}
-    data = yaml.safe_load(render_card(facts).split("---\n")[1])
+    card = render_card(facts)
+    assert "[org/base](https://huggingface.co/org/base) (abc123), made smaller" in card
+    assert "measured on [org/films](https://huggingface.co/datasets/org/films)" in card
+    data = yaml.safe_load(card.split("---\n")[1])
     assert data["base_model"] == "org/base"
     assert data["base_model_relation"] == "quantized"
     assert data["datasets"] == ["org/films"]
