@@ -159,13 +159,17 @@ def _compare(figures: list[Figure]) -> None:
 @app.command()
 def publish(
     folder: FolderArgument,
-    repo: Annotated[str, typer.Argument(help="where to: user/name or organisation/name")],
+    repo: Annotated[str, typer.Argument(help="where to: user/name or organisation/name; made when it is not there")],
     private: Annotated[bool, typer.Option(help="make a new repository private")] = False,
     revision: Annotated[str | None, typer.Option(help="branch to commit to, made when there is none")] = None,
     create_pr: Annotated[bool, typer.Option(help="open a pull request instead of committing to main")] = False,
 ) -> None:
-    """Verify the folder and commit it to the Hub in one piece. Interrupted? The same command sends what is missing.
-    Log in first with `hf auth login`, or set HF_TOKEN."""
+    """Verify the folder and commit it to the Hub in one piece, its card (README.md) with it.
+
+    Log in first with `hf auth login`, or set HF_TOKEN. Interrupted? The same command sends what is missing.
+
+    `hf-compress publish outputs/small my-org/small --private`
+    """
     from hf_compress.hub import publish as publish_folder
 
     done = publish_folder(

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -280,6 +281,19 @@ def test_what_does_not_verify_is_not_sent(online: Hub, finished: Finished) -> No
     with pytest.raises(CompressError, match="not as they were saved"):
         publish(folder, "alice/small")
     assert online.log == []
+
+
+def test_a_card_without_its_weights_is_not_sent(online: Hub, tmp_path: Path) -> None:
+    card = Path(__file__).parents[2] / "model_cards" / "quickstart"
+    folder = Path(shutil.copytree(card, tmp_path / "quickstart"))
+    before = sorted(folder.rglob("*"))
+    for verified in (True, False):
+        facts = json.loads((folder / "hf_compress.json").read_text())
+        (folder / "hf_compress.json").write_text(json.dumps(facts | ({} if verified else {"verify": None})))
+        with pytest.raises(CompressError, match=r"no config\.json here"):
+            publish(folder, "alice/small")
+    assert online.log == []
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_leftovers_of_an_earlier_version_go(trusted: Hub, finished: Finished) -> None:
