@@ -215,8 +215,9 @@ def test_lasting_faults_end_in_one_clear_error(fault: Fault, says: str, trusted:
         (Fault("POST", "/commit/", status=500, times=99), [2, 4, 8]),
         (Fault("POST", "/commit/", status=400, times=99), []),  # what is refused stays refused
         (Fault("POST", "/commit/", status=409, times=99), []),
+        (Fault("PUT", "/_blobs/", status=403, times=99), []),  # the client wraps it as the failure of one file
     ],
-    ids=["passes", "lasts", "refused", "conflict"],
+    ids=["passes", "lasts", "refused", "conflict", "refused upload"],
 )
 def test_only_what_may_pass_is_tried_again_and_later_each_time(
     fault: Fault, waits: list[int], trusted: Hub, finished: Finished, monkeypatch: pytest.MonkeyPatch
@@ -227,7 +228,8 @@ def test_only_what_may_pass_is_tried_again_and_later_each_time(
     with contextlib.suppress(CompressError):
         publish(finished(), "alice/small")
     assert slept == waits
-    assert fault.times == (0 if len(waits) == 2 else 99 - len(waits) - 1)
+    if fault.method == "POST":
+        assert fault.times == (0 if len(waits) == 2 else 99 - len(waits) - 1)
 
 
 def test_an_upload_for_a_pull_request_is_tried_again(trusted: Hub, finished: Finished) -> None:
