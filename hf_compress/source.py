@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.bnb_guard import disable_cpu_packing
@@ -87,6 +88,12 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
             path, revision=source.revision or "main", trust_remote_code=False, **_gguf(source)
         )
     except OSError as error:
+        if isinstance(error.__cause__, GatedRepoError):
+            raise CompressError(
+                "the model is gated: its owner gives access to those who ask",
+                where=f"model.id {source.id!r}",
+                next_step="open its page on the Hub, ask for access, then log in as who asked: `hf auth login`",
+            ) from error
         raise CompressError(
             f"cannot read the model's config: {str(error).splitlines()[0]}",
             where=f"model.id {source.id!r}",

@@ -32,6 +32,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("criteria", "[H^-1]_jj"),
         ("prune", "budget"),
         ("data", "completion_only"),
+        ("publish", "create_pr"),
         ("train", "extra_data"),
         ("stages", "shrink"),
         ("recipes", "quickstart"),

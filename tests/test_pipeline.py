@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,7 +23,7 @@ from hf_compress.pipeline import compress, measure_again
 from hf_compress.planning import plan
 from hf_compress.recipe import load, parse, shipped
 from hf_compress.stages import Train
-from hf_compress.stages.train import _last_whole_checkpoint
+from hf_compress.stages.train import _last_whole_checkpoint, _logged_every
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.trainer import CompressionTrainer
 from tests.models import CONFIGS, tiny
@@ -137,6 +138,8 @@ def test_decoder_keeps_its_zeros_and_covers_its_experts(decoder: dict[str, Any],
     assert prune["facts"]["mean_sparsity"] == 0.5
     assert recover["facts"]["techniques"]["Pruning"]["sparsity"] == 0.5
     assert facts["evaluation"]["artefacts"]["root"]["perplexity"]["tokens"] > 0
+    assert [entry["step"] for entry in recover["facts"]["log"]] == [1, 2, 3, 4]
+    assert "![Loss and its terms" in (tmp_path / "out" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         model(torch.tensor([[3, 4, 5]]))
@@ -264,6 +267,20 @@ def test_what_was_done_stands_in_the_card(decoder: dict[str, Any], tmp_path: Pat
     assert "`{criterion: wanda, sparsity: 0.5, pattern: '2:4', samples: 16}`" in card
     assert "Calibrated or measured on" in card
     assert "interleaved" not in card
+
+
+@pytest.mark.parametrize(
+    ("args", "steps"),
+    [
+        ({"max_steps": 12}, 1),
+        ({"max_steps": 200}, 10),
+        ({"max_steps": 1000}, 20),
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 4),  # of 80
+    ],
+)
+def test_every_run_has_a_loss_curve(args: dict[str, Any], steps: int, tmp_path: Path) -> None:
+    arguments = Train(args=args)._arguments(str(tmp_path), 0)
+    assert _logged_every(arguments, Dataset.from_dict({"x": range(320)})) == steps
 
 
 def test_lora_on_some_modules_covers_some(decoder: dict[str, Any], tmp_path: Path) -> None:

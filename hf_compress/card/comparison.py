@@ -22,7 +22,7 @@ def comparison(evaluation: dict[str, Any] | None) -> list[list[str]]:
 
     def row(label: str, value: Any) -> None:
         cells = [value(found[name], name) for name in names]
-        if any(cells):
+        if any(cell for cell, name in zip(cells, names, strict=True) if name != "dense"):
             rows.append([label, *(cell or "-" for cell in cells)])
 
     dense = found["dense"]
@@ -45,7 +45,7 @@ def comparison(evaluation: dict[str, Any] | None) -> list[list[str]]:
             row(
                 f"batch {size}, faster ({clock})",
                 lambda a, n, s=size, c=clock: (
-                    n != "dense" and "{median:.2f}x ({low:.2f}-{high:.2f})".format(**a["latency"][s][f"speedup_{c}"])
+                    n != "dense" and "{median:.2f}x ({low:.2f}, {high:.2f})".format(**a["latency"][s][f"speedup_{c}"])
                 ),
             )
     row("accuracy", lambda a, n: "accuracy" in a and f"{a['accuracy']['value']:.2%}")
