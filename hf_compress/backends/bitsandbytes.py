@@ -14,6 +14,7 @@ from hf_compress.backends import Written, backends
 from hf_compress.bnb_guard import BLOCK, disable_cpu_packing, unfit
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
+from hf_compress.grids import Grid
 from hf_compress.weights import Weight, weights
 
 
@@ -25,6 +26,11 @@ def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float
     if why := unfit(weight.module_name, width, bits=bits):
         return why
     return out * width + 4 * out if bits == 8 else out * width / 2 + 4 * out * width / BLOCK
+
+
+def grid(*, bits: int, group_size: int | None = None, quant_type: str = "nf4", **options: Any) -> Grid:
+    """The points this container stores; it finds each scale again as the largest magnitude of its group."""
+    return Grid(8, pinned=True) if bits == 8 else Grid(bits, BLOCK, quant_type, pinned=True)
 
 
 def check(*, bits: int, group_size: int | None = None, quant_type: str = "nf4", **options: Any) -> None:
@@ -53,6 +59,7 @@ def check(*, bits: int, group_size: int | None = None, quant_type: str = "nf4", 
     needs="bitsandbytes",
     check=check,
     stores=stores,
+    grid=grid,
 )
 def bitsandbytes(
     model: PreTrainedModel,

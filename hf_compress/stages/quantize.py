@@ -67,7 +67,7 @@ class Quantize(Stage):
             backends.entry(self.backend).traits["check"](bits=self.bits, group_size=self.group_size, **self.options)
         except CompressError as error:
             raise CompressError(error.what, where=f"{where}.{error.where}", next_step=error.next_step) from error
-        for key, asked, trait in (("method", self.method, "grid"), ("streaming", self.streaming, "packing")):
+        for key, asked, trait in (("method", self.method, "packing"), ("streaming", self.streaming, "packing")):
             if asked and trait not in backends.entry(self.backend).traits:
                 raise CompressError(
                     f"{self.backend} rounds the whole model at once, by itself",
@@ -105,7 +105,7 @@ class Quantize(Stage):
             report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, rounding, container=packing)
             covered.require(self.min_coverage, where=where)
             return Done(None, report.facts(), covered, saved, quantized=self.backend)
-        scales, facts = None, dict[str, Any]()
+        scales, facts = work.scales if "packing" in backends.entry(self.backend).traits else None, dict[str, Any]()
         if self.method is not None:
             rounding = self._rounding(self.method)
             batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []
