@@ -162,15 +162,83 @@ def fake_quantize(matrix: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None
     return from_codes(codes(matrix, scale, grid, zero), scale, zero)
 
 
+def spanning(matrix: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero, (out, groups) each, at which nothing is clipped: `min_max` of ``uint`` grids, else `scales` and
+    no zero."""
+    return min_max(matrix, grid) if grid.kind == "uint" else (scales(matrix, grid), None)
+
+
 def fake_quantize_ste(matrix: Tensor, grid: Grid) -> Tensor:
-    """`fake_quantize` at the absmax scale with the straight-through gradient, d out / d matrix = 1 (nothing is
-    clipped at absmax).
+    """`fake_quantize` at the scale that clips nothing, with the straight-through gradient d out / d matrix = 1.
 
     Bengio et al. 2013, https://arxiv.org/abs/1308.3432.
     """
     with torch.no_grad():
-        error = fake_quantize(matrix, scales(matrix, grid), grid) - matrix
-    return matrix + error
+        scale, zero = spanning(matrix, grid)
+        rounded = fake_quantize(matrix, scale, grid, zero)
+    return straight_through(matrix, rounded)
+
+
+def straight_through(given: Tensor, rounded: Tensor) -> Tensor:
+    """The values of `rounded`, exactly, with d out / d given = 1."""
+    through: Tensor = _Through.apply(given, rounded)  # type: ignore[no-untyped-call]
+    return through
+
+
+def fake_quantize_lsq(matrix: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None = None) -> Tensor:
+    """The nearest point to each weight, (out, in), with gradients for the weights and for their scales (out, groups):
+
+        d out / d w = 1 inside the levels, 0 where w is clipped
+        d out / d s = l - r inside, with r = w / s + zero and l its nearest level; l - zero where w is clipped
+
+    Learned step size quantization, Esser et al. 2020, https://arxiv.org/abs/1902.08153 (there integers, no zero); its
+    factor 1 / sqrt(N Qp) is left to the caller. Where the grid is `pinned`, the largest weight of each group stands at
+    the largest level: d out / d s = l, and d out / d w = 1, so that it still trains.
+    """
+    found: Tensor = _Learned.apply(matrix, scale, grid, zero)  # type: ignore[no-untyped-call]
+    return found
+
+
+def first_scales(matrix: Tensor, grid: Grid) -> Tensor:
+    """(out, in) -> (out, groups) in fp32: where LSQ's paper starts, 2 mean |w| / sqrt(Qp), Qp = 2^(b-1) - 1 (times
+    Qp / `Grid.largest` for levels that are not counted in ones); never 0."""
+    count = float((1 << (grid.bits - 1)) - 1)
+    size = 2 * _finite(grid.groups(matrix).abs().float().mean(-1)) * count**0.5 / grid.largest
+    return torch.where(size > 0, size, torch.ones_like(size))
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[0], None
+
+
+class _Learned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None) -> Tensor:
+        origin = 0.0 if zero is None else zero[..., None]
+        ratio = grid.groups(matrix).float() / scale[..., None].float() + origin
+        level, ends = grid.nearest(ratio), grid.levels()
+        inside = (ratio > ends[0]) & (ratio < ends[-1])
+        slope = torch.where(inside, level - ratio, level - origin)
+        if (pins := pinned(matrix, grid)) is not None:
+            pins = grid.groups(pins)
+            level = torch.where(pins, ratio.sign() * grid.largest, level)
+            slope, inside = torch.where(pins, level, slope), inside | pins
+        ctx.save_for_backward(slope, inside)
+        ctx.dtypes = matrix.dtype, scale.dtype
+        return from_codes(level.flatten(1), scale, zero)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        slope, inside = ctx.saved_tensors
+        matrix, scale = ctx.dtypes
+        grouped = gradient[0].float().view_as(slope)
+        return (grouped * inside).flatten(1).to(matrix), (grouped * slope).sum(-1).to(scale), None, None
 
 
 def searched_scales(matrix: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.backends import backends
@@ -111,7 +113,7 @@ def compress(
         del model
     extras, records, places = dict[str, Path](), list[dict[str, Any]](), {"source": str(checkpoint)}
     places["dense"] = places["source"]
-    quantized, floating = "", checkpoint
+    quantized, floating, scales = "", checkpoint, dict[str, Tensor]()
     model_now: PreTrainedModel | None = None
     for index, named in enumerate(recipe.stages):
         finished = _Finished.stage(room, recipe, index)
@@ -121,7 +123,7 @@ def compress(
         else:
             say(f"{named.name} ({named.kind})")
             work = _work(recipe, task, checkpoint, finished.running, places, quantized)
-            work.say = say
+            work.say, work.scales = say, scales
             if model_now is not None:
                 work.__dict__["model"] = model_now
             started = time.time()
@@ -140,7 +142,7 @@ def compress(
                 },
             )
             model_now = done.model
-        record = finished.record
+        record, scales = finished.record, finished.scales
         records.append(record)
         checkpoint, quantized = finished.checkpoint, record["quantized"] or quantized
         floating = floating if quantized else checkpoint
@@ -293,7 +295,8 @@ def _container(recipe: Recipe) -> dict[str, str] | None:
 @dataclass(frozen=True)
 class _Finished:
     """Where one stage's result lies: ``<number>-<name>-<fingerprint of the recipe up to here>/``, with ``checkpoint``
-    (the answers of the model in memory that was saved beside it, in ``verify``) and ``record.json``."""
+    (the answers of the model in memory that was saved beside it, in ``verify``), ``record.json``, and
+    ``scales.safetensors`` where QAT trained a grid."""
 
     folder: Path
 
@@ -330,6 +333,11 @@ class _Finished:
         record: dict[str, Any] = json.loads((self.folder / "record.json").read_text())
         return record
 
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        file = self.folder / "scales.safetensors"
+        return load_file(file) if file.exists() else {}
+
     def save(self, done: Done, tokenizer: Any, record: dict[str, Any]) -> None:
         running = self.running
         made = running / "result"
@@ -344,6 +352,10 @@ class _Finished:
                 tokenizer.save_pretrained(made / "checkpoint")
         for name, folder in done.extras.items():
             folder.rename(made / name)
+        if done.scales:
+            save_file(
+                {name: scale.cpu().contiguous() for name, scale in done.scales.items()}, made / "scales.safetensors"
+            )
         save_facts(record, made / "record.json")
         made.rename(self.folder)
         shutil.rmtree(running)

@@ -14,7 +14,9 @@ from hf_compress.evaluation.cost import parameter_counts
 from hf_compress.recipe import Recipe
 from hf_compress.source import load_meta, read_config
 from hf_compress.stages import Prune, Quantize, Shrink, Train
+from hf_compress.stages.trained_grid import unrounded
 from hf_compress.surgery import shrink
+from hf_compress.techniques.qat import QAT
 from hf_compress.weights import weights
 
 REFUSED = "will be REFUSED: "
@@ -45,9 +47,11 @@ def plan(recipe: Recipe) -> list[Planned]:
     """
     config = read_config(recipe.model)
     model = load_meta(recipe.model)
+    trained: QAT | None = None
     rows = [_row("source", "source", model, _source_bytes(config, model))]
     for named in recipe.stages:
-        stage, notes = named.stage, []
+        stage, notes = named.stage, list[str]()
+        trained = stage.qat if isinstance(stage, Train) else trained
         share = experts = None
         bytes_now = _dense_bytes(model)
         if isinstance(stage, Shrink):
@@ -68,6 +72,8 @@ def plan(recipe: Recipe) -> list[Planned]:
             reasons = {w.name: reason for w, reason in found.items() if isinstance(reason, str)}
             covered = coverage(model, [w.name for w in found if w.name not in reasons], reasons)
             share, experts = covered.share, covered.experts
+            if trained is not None:
+                notes += [f"{REFUSED}{problem}" for problem in unrounded(trained, model, reasons)]
             if "packing" in entry.traits:
                 try:
                     entry.traits["packing"](model, bits=stage.bits, group_size=stage.group_size, **stage.options)

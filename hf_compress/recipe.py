@@ -19,6 +19,7 @@ from hf_compress.evaluation import Evaluate
 from hf_compress.hub import Publish
 from hf_compress.source import ModelSource
 from hf_compress.stages import STAGES, Stage
+from hf_compress.stages.trained_grid import check_trained_grids
 
 
 @dataclass
@@ -164,6 +165,7 @@ def parse(raw: dict[str, Any]) -> Recipe:
         for key in ("name", "baseline", "seed", "license")
         if raw.get(key) is not None
     }
+    check_trained_grids([(s.name, s.stage) for s in stages])
     recipe = Recipe(stages=stages, raw=raw, **built, **plain)
     names = ["source", *(s.name for s in stages)]
     if recipe.baseline not in names:

@@ -106,9 +106,10 @@ class CompressionTrainer(PublishingTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         made = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        own = [p for technique in self.techniques for p in technique.parameters()]
-        if own and not made:
-            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+        for technique in self.techniques if not made else []:
+            if own := technique.parameters():
+                rate = self.args.learning_rate * technique.rate
+                optimizer.add_param_group({"params": own, "weight_decay": 0.0, "lr": rate})
         return optimizer
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
@@ -298,15 +299,8 @@ class PruningTrainer(CompressionTrainer):
 
 
 class QATTrainer(CompressionTrainer):
-    """``QATTrainer(model, bits=4, group_size=32, args=..., train_dataset=...)``."""
+    """``QATTrainer(model, bits=4, group_size=32, args=..., train_dataset=...)``; takes every field of `QAT`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        bits: int,
-        group_size: int | None = None,
-        techniques: Sequence[Technique] = (),
-        **others: Any,
-    ) -> None:
-        super().__init__(model, techniques=[QAT(bits, group_size), *techniques], **others)
+    def __init__(self, model: nn.Module, *, techniques: Sequence[Technique] = (), **others: Any) -> None:
+        own = {field.name: others.pop(field.name) for field in fields(QAT) if field.name in others}
+        super().__init__(model, techniques=[QAT(**own), *techniques], **others)

@@ -32,8 +32,9 @@ Backend = Callable[..., Written]
 Traits, shown by `plan` and the card: disk, memory, speed, experts, serves, needs (sentences). Functions:
 ``check(*, bits, group_size, **options)`` raises for what the container does not have, before any model is read;
 ``stores(weight, *, bits, group_size)``: bytes on disk as a float, or the reason (str) why this weight stays as it is;
-``grid(*, bits, group_size, **options)``, where a solver can round for it: the `Grid` that it stores;
-``packing(model, *, bits, group_size, **options)``, where weights can be packed one by one: an `oneshot.Container`.
+``grid(*, bits, group_size, **options)``: the `Grid` that it stores, for solvers and QAT to round to;
+``packing(model, *, bits, group_size, **options)``, where weights can be packed one by one, at scales that a solver or
+QAT chose: an `oneshot.Container`.
 """
 
 backends: Registry[Backend] = Registry("backend", __name__)

@@ -20,8 +20,8 @@ WARMUP = 4  # steps
 @dataclass(frozen=True)
 class Tuning:
     """epochs: passes over the calibration text. rate: of Adam, falling linearly to 0; in units of the root mean square
-    of the weights that are left of a matrix, or of the mean gap of levels where weights are rounded. grid: weight name -> its grid,
-    where they are."""
+    of the weights that are left of a matrix, or of the mean gap of levels where weights are rounded. grid: weight name
+    -> its grid, where they are."""
 
     epochs: int = 2
     rate: float = 0.01

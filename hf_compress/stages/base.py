@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration import Batch, calibration_batches
@@ -25,7 +26,8 @@ class Work:
     it is interrupted.
     stages: name of each finished stage (and ``dense``) -> its checkpoint, what `teacher_model` may name.
     task: ``causal-lm`` or ``text-classification``. quantized: backend that packed the weights, "" while they are
-    floating. say: tells the person what happens.
+    floating. scales: weight name -> (out, groups), where the weights lie on the grid that QAT trained. say: tells the
+    person what happens.
     """
 
     source: ModelSource
@@ -36,6 +38,7 @@ class Work:
     stages: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     quantized: str = ""
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
     say: Callable[[str], None] = lambda _: None
 
     @cached_property
@@ -71,7 +74,7 @@ class Done:
 
     model: the model as it is now, or None when it was only written to disk. saved: a checkpoint folder the stage
     wrote itself (a container), else the pipeline saves `model`. extras: folders to lie beside the final checkpoint
-    (``onnx``).
+    (``onnx``). scales: as in `Work`, of the model as it is now.
     """
 
     model: PreTrainedModel | None
@@ -80,6 +83,7 @@ class Done:
     saved: Path | None = None
     extras: dict[str, Path] = field(default_factory=dict)
     quantized: str = ""
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def refuse_after_export(work_kinds: list[str], *, where: str) -> None:

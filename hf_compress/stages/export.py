@@ -32,4 +32,4 @@ class Export(Stage):
 
     def run(self, work: Work) -> Done:
         facts = export_onnx(work.model, work.folder, quantize=self.quantize)
-        return Done(work.model, facts, extras={"onnx": work.folder / "onnx"})
+        return Done(work.model, facts, extras={"onnx": work.folder / "onnx"}, scales=work.scales)

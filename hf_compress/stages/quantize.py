@@ -106,7 +106,7 @@ class Quantize(Stage):
             report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, rounding, container=packing)
             covered.require(self.min_coverage, where=where)
             return Done(None, report.facts(), covered, saved, quantized=self.backend)
-        scales, facts = None, dict[str, Any]()
+        scales, facts = work.scales if "packing" in backends.entry(self.backend).traits else None, dict[str, Any]()
         if self.method is not None:
             rounding = self._rounding(self.method)
             batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []

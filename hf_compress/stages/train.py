@@ -180,7 +180,8 @@ class Train(Stage):
             if not any(re.search(p, w.name) for p in self.freeze)
             and (self.lora is None or any(name.endswith(w.module_name) for name in adapted))
         ]
-        return Done(model.eval(), facts, coverage(model, trained), quantized=work.quantized)
+        scales = next((t.scales for t in techniques if isinstance(t, QAT)), {})
+        return Done(model.eval(), facts, coverage(model, trained), quantized=work.quantized, scales=scales)
 
     @staticmethod
     def _resolved(technique: Technique, work: Work) -> Technique:

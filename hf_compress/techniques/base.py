@@ -67,6 +67,11 @@ class Technique(TrainerCallback):
         """Parameters of its own that train with the model (projections, learned scales), as a group of their own."""
         return []
 
+    @property
+    def rate(self) -> float:
+        """Learning rate of its own `parameters` over the model's."""
+        return 1.0
+
     @contextmanager
     def around(self, step: Step) -> Iterator[None]:
         """Around the student's forward: what must happen before it, and what watches it."""

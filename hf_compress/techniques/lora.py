@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.errors import CompressError
 from hf_compress.techniques.base import Technique
 from hf_compress.techniques.distillation import Distillation
+from hf_compress.techniques.shadows import Change, require_read
 from hf_compress.weights import Weight
-
-Change = Callable[[Tensor], Tensor]
-"""From W + scaling B A to what the layer multiplies with; in the stored orientation, differentiable."""
 
 
 class Merged:
@@ -28,8 +26,9 @@ class Merged:
     (a teacher that is the student's own base) the layer computes with W as before. No state_dict key changes.
     """
 
-    def __init__(self, layer: LoraLayer) -> None:
+    def __init__(self, layer: LoraLayer, name: str) -> None:
         self.layer, self.plain, self.changes = layer, layer.forward, list[Change]()
+        self.name, self._unread = name, True
         self.attribute = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
 
     def weight(self) -> Tensor:
@@ -51,11 +50,14 @@ class Merged:
         changed = self.weight()
         for change in self.changes:
             changed = change(changed)
-        base.__dict__[self.attribute] = changed.to(base._parameters[self.attribute].dtype)
+        shadow = base.__dict__[self.attribute] = changed.to(base._parameters[self.attribute].dtype)
         try:
             out = self.layer.base_layer(x, *args, **kwargs)  # the base, or for experts the layer of another parameter
         finally:
             del base.__dict__[self.attribute]
+        if self._unread and shadow.requires_grad and not torch.compiler.is_compiling():
+            require_read(out, shadow, where=self.name)
+            self._unread = False
         return out
 
 
@@ -84,7 +86,7 @@ def merge_in_forward(model: nn.Module, weights: list[Weight], *, where: str) -> 
             if parameter is not None:
                 _check(name, layer, where=where)
                 if not isinstance(layer.forward, Merged):
-                    layer.forward = Merged(layer)
+                    layer.forward = Merged(layer, parameter)
                 found[parameter] = layer.forward
     return found
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.errors import CompressError
-from hf_compress.grids import Grid, fake_quantize, fake_quantize_ste, scales
+from hf_compress.grids import Grid
+from hf_compress.observers import OBSERVERS, Observer, percentile
 from hf_compress.selection import without
 from hf_compress.techniques.base import Technique
+from hf_compress.techniques.distillation import Distillation
+from hf_compress.techniques.inputs import Inputs
 from hf_compress.techniques.lora import check_teacher, merge_in_forward
-from hf_compress.weights import weights
+from hf_compress.techniques.qat_options import check_options, notes
+from hf_compress.techniques.rounding import Rounding
+from hf_compress.techniques.schedule import steps_in_epoch, steps_of
+from hf_compress.techniques.shadows import Change, shadow
+from hf_compress.weights import Weight, weights
 
 if TYPE_CHECKING:
     from hf_compress.trainer import CompressionTrainer
@@ -26,83 +35,232 @@ class QAT(Technique):
     """``QAT(bits=4, group_size=32)``: every forward sees rounded weights, the gradient passes straight through to the
     real ones.
 
-    A forward pre-hook puts the rounded tensor where the module reads its weight, a post-hook takes it away, so the
-    state_dict stays plain.
-    With LoRA it is W + BA that is rounded, and train() ends with the adapters merged.
-    `finalize` leaves the rounded values in the weights: a container with the same grid stores exactly these codes,
-    since at the absmax scale rounding twice gives the same values.
+    Rounded tensors stand where modules read their weights, so the state_dict stays plain. With LoRA it is W + BA that
+    is rounded, and train() ends with the adapters merged. `finalize` leaves the rounded values in the weights and
+    their `scales` here, with which a container of the same grid stores exactly what was trained:
+    ``quantize(trainer.model, "out", backend="compressed-tensors", bits=4, group_size=32, scales=qat.scales)``.
+    Moments (`begin`, `freeze_after`) are shares of all steps (0.75), steps (200) or epochs (``"2 epochs"``).
     """
 
     bits: int = field(default=4, metadata={"help": "bits a weight"})
     group_size: int | None = field(
         default=None, metadata={"help": "weights that share a scale along the inputs; none = a whole row"}
     )
+    kind: str = field(
+        default="int",
+        metadata={
+            "help": "levels: int (compressed-tensors), nf4 or fp4 in groups of 64 (bitsandbytes); uint, powers of 2, "
+            "a codebook fitted by k-means (no container)"
+        },
+    )
+    method: str = field(
+        default="ste",
+        metadata={"help": "ste: scales follow the largest weight of each group; lsq: scales are learned and may clip"},
+    )
+    scale_start: str = field(
+        default="search",
+        metadata={"help": "lsq begins with scales of least squared error (search), or with its paper's (mean)"},
+    )
+    scale_rate: float = field(
+        default=10.0, metadata={"help": "lsq: learning rate of the scales' logarithms, over that of the weights"}
+    )
+    activations: int | None = field(
+        default=None, metadata={"help": "bits of what enters each layer; none = not rounded"}
+    )
+    ranges: str = field(
+        default="token",
+        metadata={
+            "help": "of activations: token = each its own, as W8A8 computes; or one for all, watched by min_max, "
+            "percentile, mse or entropy"
+        },
+    )
+    percentile: float = field(default=99.99, metadata={"help": "share in percent that `ranges: percentile` keeps"})
+    begin: float | str = field(
+        default=0.0, metadata={"help": "where rounding begins: a share of all steps, steps, or '2 epochs'"}
+    )
+    freeze_after: float | str | None = field(
+        default=None, metadata={"help": "from here on scales and ranges stay as they are; none = never"}
+    )
     skip: list[str] = field(
         default_factory=list, metadata={"help": "regular expressions of weights to leave as they are"}
     )
 
     def check(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise CompressError(f"{self.bits} bits are not between 2 and 8", where="qat.bits")
-        if self.group_size is not None and self.group_size < 1:
-            raise CompressError(f"group size {self.group_size} is not positive", where="qat.group_size")
+        check_options(self)
+
+    @property
+    def grid(self) -> Grid:
+        """Of every weight (a codebook's levels are fitted to each parameter)."""
+        return Grid(self.bits, self.group_size, self.kind, pinned=self.kind in ("nf4", "fp4"))
+
+    @property
+    def rate(self) -> float:
+        return self.scale_rate
 
     def attach(self, model: nn.Module) -> None:
-        self._grid = Grid(self.bits, self.group_size)
+        parts = self._parts(model)
+        everything = [weight for several in parts for weight in several]
+        self._adapted = merge_in_forward(model, everything, where="qat")
+        learn = self.method == "lsq"
+        self._weights = everything
+        self._roundings = [Rounding(several, self.grid, learn=learn, start=self.scale_start) for several in parts]
+        self._scales: dict[str, Tensor] | None = None
+        self._on, self._first, self._freeze = False, 0, -1
+        modules: dict[nn.Module, dict[str, tuple[str, Change]]] = defaultdict(dict)
+        for rounding in self._roundings:
+            layer, change = self._adapted.get(rounding.name), partial(self._change, rounding)
+            if layer is None:
+                modules[rounding.parts[0].module][rounding.parts[0].attribute] = (rounding.name, change)
+            else:
+                layer.changes.append(change)
+        self._hooks = [hook for module, changes in modules.items() for hook in shadow(module, changes)]
+        self._inputs = self._watched()
+        if self.begin == 0:
+            self._start()
+
+    def _parts(self, model: nn.Module) -> list[list[Weight]]:
+        """The weights to round, those of one parameter together."""
         everything = weights(model)
         names = set(without([w.name for w in everything], self.skip, where="qat.skip"))
-        self._weights = [w for w in everything if w.name in names]
-        for weight in self._weights:
-            scales(weight.matrix[:1], self._grid)  # the group size must divide the inputs
-        self._adapted = merge_in_forward(model, self._weights, where="qat")
-        modules: dict[nn.Module, set[tuple[str, bool]]] = defaultdict(set)
-        for weight in self._weights:
-            layer = self._adapted.get(weight.parameter)
-            if layer is None:
-                modules[weight.module].add((weight.attribute, weight.transposed))
-            else:
-                layer.changes.append(partial(_rounded, transposed=weight.transposed, grid=self._grid))
-        self._hooks = []
-        for module, attributes in modules.items():
-            self._hooks += [
-                module.register_forward_pre_hook(_shadow(sorted(attributes), self._grid)),
-                module.register_forward_hook(_reveal(sorted(attributes)), always_call=True),
-            ]
+        found: dict[str, list[Weight]] = defaultdict(list)
+        for weight in everything:
+            found[weight.parameter].append(weight)
+        for several in found.values():
+            if 0 < sum(w.name in names for w in several) < len(several):
+                raise CompressError(
+                    "some experts of one parameter are skipped and others are not",
+                    where=f"qat.skip: {several[0].parameter}",
+                    next_step="skip all of them, or none",
+                )
+        return [several for several in found.values() if several[0].name in names]
+
+    def _watched(self) -> Inputs | None:
+        if self.activations is None:
+            return None
+        expert = next((w.name for w in self._weights if w.expert is not None), None)
+        if expert is not None:
+            raise CompressError(
+                "what enters stacked experts cannot be rounded: no container that transformers opens does it",
+                where=f"qat.activations: {expert}",
+                next_step="leave activations out",
+            )
+        observer: Observer | None = OBSERVERS.get(self.ranges)
+        if self.ranges == "percentile":
+            observer = partial(percentile, share=self.percentile)
+        return Inputs({w.module_name: w.module for w in self._weights}, self.activations, observer)
+
+    def _change(self, rounding: Rounding, stored: Tensor) -> Tensor:
+        return rounding(stored) if self._on else stored
+
+    def _stored(self, rounding: Rounding) -> Tensor:
+        layer = self._adapted.get(rounding.name)
+        return rounding.parts[0].whole if layer is None else layer.weight()
+
+    def _start(self) -> None:
+        self._on = True
+        for rounding in self._roundings:
+            rounding.begin(self._stored(rounding))
+        if self._inputs is not None:
+            self._inputs.on = True
 
     def prepare(self, trainer: CompressionTrainer) -> None:
         check_teacher(trainer.techniques, self._weights, self._adapted, where="qat")
+        if self._inputs is not None and any(
+            isinstance(t, Distillation) and t.learns_from_base for t in trainer.techniques
+        ):
+            raise CompressError(
+                "the teacher `base` would compute with rounded activations too",
+                where="qat.activations",
+                next_step="leave activations out, or load the teacher from a folder",
+            )
+        for rounding in self._roundings:
+            rounding.to(trainer.args.device)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [rounding.theta for rounding in self._roundings if rounding.theta is not None]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        total, epoch = state.max_steps, steps_in_epoch(args, kwargs["train_dataloader"])
+        self._first = steps_of(self.begin, total=total, epoch=epoch, where="qat.begin")
+        if self.freeze_after is not None:
+            self._freeze = steps_of(self.freeze_after, total=total, epoch=epoch, where="qat.freeze_after")
+        wrong = {
+            f"rounding begins at step {self._first}, and the run has {total}": self._first >= total,
+            f"ranges freeze at step {self._freeze}, and rounding begins at step {self._first}": (
+                self.freeze_after is not None and not self._first < self._freeze
+            ),
+        }
+        for what, is_so in wrong.items():
+            if is_so:
+                raise CompressError(what, where="qat", next_step="change begin, freeze_after or the run's length")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._on and state.global_step >= self._first:
+            self._start()
+        if self._freeze == state.global_step:
+            for rounding in self._roundings:
+                rounding.freeze(self._stored(rounding))
+            if self._inputs is not None:
+                self._inputs.freeze()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._inputs is not None:
+            self._inputs.after_step()
+
+    def settled(self, step: int, max_steps: int) -> bool:
+        return step > self._first
+
+    def state(self) -> dict[str, Tensor]:
+        found = {"on": torch.tensor([self._on])}
+        for rounding in self._roundings:
+            found |= {f"{key} {rounding.name}": value for key, value in rounding.state().items()}
+        if self._inputs is not None:
+            found |= {f"inputs {key}": value for key, value in self._inputs.state().items()}
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._on = bool(state["on"][0])
+        for rounding in self._roundings:
+            end = f" {rounding.name}"
+            rounding.load({key.removesuffix(end): value for key, value in state.items() if key.endswith(end)})
+        if self._inputs is not None:
+            self._inputs.on = self._on
+            self._inputs.load({k.removeprefix("inputs "): v for k, v in state.items() if k.startswith("inputs ")})
 
     @torch.no_grad()
     def finalize(self, model: nn.Module) -> None:
         for hook in self._hooks:
             hook.remove()
-        for weight in self._weights:
-            matrix = weight.matrix
-            matrix.copy_(fake_quantize(matrix, scales(matrix, self._grid), self._grid))
+        if self._inputs is not None:
+            self._inputs.remove()
+        self._scales = {name: scale for r in self._roundings for name, scale in r.bake().items()}
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """Weight name -> (out, groups) of the values that `finalize` left.
+
+        Raises:
+            CompressError: the run has not ended.
+        """
+        if self._scales is None:
+            raise CompressError("scales are there when train() has ended", where="qat.scales")
+        return self._scales
 
     def facts(self) -> dict[str, Any]:
-        return {"bits": self.bits, "group_size": self.group_size, "weights": len(self._weights)}
-
-
-def _shadow(attributes: list[tuple[str, bool]], grid: Grid) -> Any:
-    def hook(module: nn.Module, args: Any) -> None:
-        for name, transposed in attributes:
-            parameter = module._parameters[name]
-            assert parameter is not None
-            module.__dict__[name] = _rounded(parameter, transposed=transposed, grid=grid)
-
-    return hook
-
-
-def _rounded(stored: Tensor, *, transposed: bool, grid: Grid) -> Tensor:
-    rows = stored.T if transposed else stored.flatten(0, -2)  # stacked experts: (experts * out, in)
-    rounded: Tensor = fake_quantize_ste(rows, grid)
-    return rounded.T if transposed else rounded.view_as(stored)
-
-
-def _reveal(attributes: list[tuple[str, bool]]) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        for name, _ in attributes:
-            module.__dict__.pop(name, None)
-
-    return hook
+        acts = {"activations": self.activations, "ranges": self.ranges} if self.activations is not None else {}
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "kind": self.kind,
+            "method": self.method,
+            "begin": self.begin,
+            "freeze_after": self.freeze_after,
+            "weights": len(self._weights),
+            "notes": notes(self),
+        } | acts

@@ -1,0 +1,64 @@
+"""Which options of `QAT` go together, and which containers store what they make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.grids import KINDS
+from hf_compress.observers import OBSERVERS
+from hf_compress.techniques.schedule import parse_when
+
+if TYPE_CHECKING:
+    from hf_compress.techniques.qat import QAT
+
+METHODS = ("ste", "lsq")
+STARTS = ("search", "mean")
+RANGES = ("token", *OBSERVERS)
+BLOCK = 64  # of bitsandbytes' nf4 and fp4
+
+
+def check_options(options: QAT) -> None:
+    """Raise a CompressError, at the recipe key, for values that do not exist or do not go together."""
+    for key, known in {"kind": KINDS, "method": METHODS, "ranges": RANGES, "scale_start": STARTS}.items():
+        given = getattr(options, key)
+        if given not in known:
+            raise CompressError(
+                f"unknown {key} {given!r}", where=f"qat.{key}", next_step=did_you_mean(str(given), known)
+            )
+    number, unit = parse_when(options.begin, where="qat.begin")
+    frozen = None if options.freeze_after is None else parse_when(options.freeze_after, where="qat.freeze_after")
+    acts = options.activations
+    wrong = {
+        (f"{options.bits} bits are not between 2 and 8", "bits"): not 2 <= options.bits <= 8,
+        (f"{options.kind} has 4 bits", "bits"): options.kind in ("nf4", "fp4") and options.bits != 4,
+        (f"group size {options.group_size} is not positive", "group_size"): (options.group_size or 1) < 1,
+        (f"{acts} bits are not between 2 and 8", "activations"): acts is not None and not 2 <= acts <= 8,
+        ("ranges are of activations, and those are not rounded", "ranges"): acts is None and options.ranges != "token",
+        (f"{options.percentile} is no percentage above 50", "percentile"): not 50 < options.percentile <= 100,
+        ("it begins where the run ends", "begin"): (number, unit) == (1, "share"),
+        ("the ranges freeze before rounding begins", "freeze_after"): frozen is not None
+        and frozen[1] == unit
+        and frozen[0] <= number,
+        (f"a rate of {options.scale_rate} does not train", "scale_rate"): options.scale_rate <= 0,
+    }
+    for (what, where), is_so in wrong.items():
+        if is_so:
+            raise CompressError(what, where=f"qat.{where}", next_step="see `hf-compress list qat`")
+
+
+def notes(options: QAT) -> list[str]:
+    """What no container stores of this grid: said in the facts, since the values then stay in a plain checkpoint."""
+    block = options.kind in ("nf4", "fp4") and options.group_size == BLOCK
+    found = []
+    if not (options.kind == "int" or block):
+        size = "a row" if options.group_size is None else f"groups of {options.group_size}"
+        found.append(
+            f"no container stores {options.kind} with {size}: the values stand in a plain checkpoint, of full size"
+        )
+    if options.activations is not None and (options.ranges, options.activations, options.bits) != ("token", 8, 8):
+        found.append(
+            f"no container rounds activations to {options.activations} bits by {options.ranges}: whoever runs the "
+            "folder computes with unrounded ones"
+        )
+    return found
