@@ -12,7 +12,7 @@ from hf_compress.coverage import KEPT, coverage
 from hf_compress.errors import CompressError
 from hf_compress.evaluation.cost import parameter_counts
 from hf_compress.recipe import Recipe
-from hf_compress.source import load_meta, read_config
+from hf_compress.source import format_of, load_meta, read_config, require_floating
 from hf_compress.stages import Prune, Quantize, Shrink, Train
 from hf_compress.surgery import shrink
 from hf_compress.weights import weights
@@ -41,9 +41,11 @@ def plan(recipe: Recipe) -> list[Planned]:
     Bytes of the source are those of its dtype, FP8 block-scaled included; a stage after it writes bfloat16.
 
     Raises:
-        CompressError: as loading the recipe and its config; a shrink that is impossible.
+        CompressError: as loading the recipe and its config; a model that is quantized already; a shrink that is
+        impossible.
     """
     config = read_config(recipe.model)
+    require_floating(recipe.model, config)
     model = load_meta(recipe.model)
     rows = [_row("source", "source", model, _source_bytes(config, model))]
     for named in recipe.stages:
@@ -108,7 +110,7 @@ def _row(
 
 def _source_bytes(config: PreTrainedConfig, model: PreTrainedModel) -> float:
     total = _dense_bytes(model)
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "fp8":
+    if format_of(config) == "fp8":
         block = [w for w in weights(model) if w.kind not in KEPT]
         total += sum(w.shape[0] * w.shape[1] * FP8_BYTES - w.nbytes for w in block)
     return total
