@@ -265,8 +265,14 @@ def _blocks(final: Path, floating: Path, task: str, records: list[dict[str, Any]
 
 
 def _plain(source: ModelSource, files: list[Path]) -> bool:
-    """A safetensors folder whose tokenizer and dtype need no change."""
-    return bool(files) and not source.gguf_file and source.tokenizer is None and source.dtype == "auto"
+    """A safetensors folder whose weights, tokenizer and dtype need no change."""
+    return (
+        bool(files)
+        and not source.gguf_file
+        and not source.dequantize
+        and source.tokenizer is None
+        and source.dtype == "auto"
+    )
 
 
 def _fits(folder: Path, source: ModelSource) -> bool:

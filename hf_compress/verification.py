@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import CompressError
 from hf_compress.files import sha256
-from hf_compress.weights import weights
+from hf_compress.weights import is_packed, weights
 
 EXPECTATION = "verify/expectation.safetensors"
 HASHES = "verify/SHA256SUMS"
@@ -36,7 +36,7 @@ def write_expectation(model: PreTrainedModel, folder: Path) -> None:
         logits = model.eval()(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
     tensors = {"input_ids": ids, "attention_mask": mask, "logits": logits.float().cpu().contiguous()}
     for parameter, whole in {w.parameter: w.whole for w in weights(model)}.items():
-        zeros = int((whole == 0).sum()) if whole.is_floating_point() else 0
+        zeros = 0 if is_packed(whole) else int((whole == 0).sum())
         if zeros > 0.01 * whole.numel():
             tensors[f"zeros.{parameter}"] = torch.tensor(zeros)
     (folder / EXPECTATION).parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,28 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.backends import Written, backends
-from hf_compress.bnb_guard import BLOCK, disable_cpu_packing, unfit
+from hf_compress.bnb_guard import BLOCK, ROWS, disable_cpu_packing, unfit
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
 from hf_compress.grids import Grid, codes, from_codes
 from hf_compress.weights import Weight, weights
 
 
-def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float | str:
+def stores(
+    weight: Weight, *, bits: int, group_size: int | None = None, double_quant: bool = False, **options: Any
+) -> float | str:
     """Bytes on disk, or why bitsandbytes leaves this weight as it is."""
     out, width = weight.shape
     if weight.kind == "expert":
         return "stacked experts are not nn.Linear, the only thing bitsandbytes replaces"
     if why := unfit(weight.module_name, width, bits=bits):
         return why
-    return out * width + 4 * out if bits == 8 else out * width / 2 + 4 * out * width / BLOCK
+    if bits == 4 and out % ROWS:
+        return f"{out} rows are no multiple of {ROWS}: plain bitsandbytes stops at them on a CPU with AVX512-BF16"
+    if bits == 8:
+        return float(out * width + 4 * out)
+    blocks = out * width / BLOCK  # a scale each; double_quant: in one byte, with an fp32 scale for 256 of them
+    return out * width / 2 + (blocks + 4 * ceil(blocks / 256) if double_quant else 4 * blocks)
 
 
 def check(*, bits: int, group_size: int | None = None, quant_type: str = "nf4", **options: Any) -> None:

@@ -22,7 +22,7 @@ from hf_compress.grids import scales as find_scales
 from hf_compress.weights import Weight, stored_scales, weights
 
 
-def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float | str:
+def stores(weight: Weight, *, bits: int, group_size: int | None = None, **options: Any) -> float | str:
     """Bytes on disk (codes packed into int32, one scale a group in the weight's dtype), or why it stays as it is."""
     out, width = weight.shape
     if weight.transposed:

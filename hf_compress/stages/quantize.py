@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_compress.backends import backends, quantize
+from hf_compress.backends import backends, foresee, quantize
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.oneshot import Solver, compress_blocks, compress_checkpoint, empty_model, solvers
 from hf_compress.oneshot.solvers import check_solver_options
@@ -110,9 +110,8 @@ class Quantize(Stage):
         if self.method is not None:
             rounding = self._rounding(self.method)
             batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []
-            stores = backends.entry(self.backend).traits["stores"]
-            fits = [(w.name, stores(w, bits=self.bits, group_size=self.group_size)) for w in weights(work.model)]
-            only = [name for name, found in fits if not isinstance(found, str)]
+            foreseen = foresee(work.model, self.backend, bits=self.bits, group_size=self.group_size, **self.options)
+            only = [w.name for w in weights(work.model) if w.name not in foreseen.reasons]
             report = compress_blocks(work.model, batches, rounding, only=only, resume_dir=work.folder / "blocks")
             scales, facts = report.scales, report.facts()
         written = quantize(
