@@ -119,6 +119,13 @@ class CompressionTrainer(PublishingTrainer):
             count = self.accelerator.gather(count).sum()
         return count.clamp_min(1)
 
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Tensor | int | None]:
+        given, items = super().get_batch_samples(*args)
+        batches = given
+        for technique in self.techniques:
+            batches = technique.batches(self, batches)
+        return batches, items if batches is given else self._get_num_items_in_batch(batches, self.args.device)
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -109,6 +109,22 @@ def test_classifier_from_recipe_to_card(classifier: dict[str, Any], tmp_path: Pa
         compress(parse(classifier), tmp_path / "out")
 
 
+def test_blocks_first_then_answers(classifier: dict[str, Any], tmp_path: Path) -> None:
+    """As README shows it: two stages, the first without labels and without the teacher's answers."""
+    blocks = {"teacher_model": "dense", "weight": 0, "features": {"relations": 1, "hidden_cosine": 1}}
+    args = ARGS | {"logging_steps": 1}
+    first = {"distill": blocks | {"layer_map": "record"}, "task_weight": 0, "args": args}
+    second = {"distill": {"teacher_model": "dense"}, "args": dict(args)}
+    classifier["stages"][2:] = [{"train": first}, {"train": second}]
+    classifier["evaluate"] = {"metrics": ["size"]}
+    result = compress(parse(classifier), tmp_path / "out")
+    logs = [stage["facts"]["log"][-1] for stage in result.facts["stages"][2:]]
+    assert logs[0]["loss_relations"] > 0
+    assert logs[0]["loss_task"] == 0
+    assert "loss_distill" not in logs[0]
+    assert logs[1]["loss_distill"] > 0
+
+
 def test_a_record_of_layers_needs_a_shrink_stage(decoder: dict[str, Any], tmp_path: Path) -> None:
     decoder["stages"][1]["train"]["distill"] |= {"layer_map": "record", "features": {"cka": 1.0}}
     with pytest.raises(CompressError, match="no shrink stage"):
@@ -387,7 +403,7 @@ def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("stages/2/quantize/method", "gptqq", "no solver 'gptqq'"),
         ("stages/2/quantize/solver_options", {"damping": 1}, r"rtn has no option[\s\S]*quantize.solver_options"),
         ("stages/0/prune/solver_options", {"stepz": 1}, r"did you mean 'steps'|has no option 'stepz'"),
-        ("stages/2/quantize", {"backend": "bitsandbytes", "streaming": True}, "grids of its own"),
+        ("stages/2/quantize", {"backend": "bitsandbytes", "streaming": True}, "rounds the whole model at once"),
         ("stages/2/quantize/backend", "bitsandbites", r"unknown backend[\s\S]*did you mean 'bitsandbytes'"),
         ("stages/2/quantize/options", {"dtype": "float16"}, "no option 'dtype'"),
         ("stages/2", {"quantise": {}}, r"unknown stage 'quantise'[\s\S]*did you mean 'quantize'"),

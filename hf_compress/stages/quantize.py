@@ -13,6 +13,7 @@ from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.oneshot import Solver, compress_blocks, compress_checkpoint, empty_model, solvers
 from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.stages.base import Done, Stage, Work
+from hf_compress.weights import weights
 
 
 @dataclass
@@ -109,7 +110,10 @@ class Quantize(Stage):
         if self.method is not None:
             rounding = self._rounding(self.method)
             batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []
-            report = compress_blocks(work.model, batches, rounding, resume_dir=work.folder / "blocks")
+            stores = backends.entry(self.backend).traits["stores"]
+            fits = [(w.name, stores(w, bits=self.bits, group_size=self.group_size)) for w in weights(work.model)]
+            only = [name for name, found in fits if not isinstance(found, str)]
+            report = compress_blocks(work.model, batches, rounding, only=only, resume_dir=work.folder / "blocks")
             scales, facts = report.scales, report.facts()
         written = quantize(
             work.model,

@@ -24,10 +24,12 @@ CALIBRATED = frozenset({"input_norm", "hessian", "drift", "folds"})
 @dataclass(frozen=True)
 class Solved:
     """New values of a matrix, (out, in). scale: (out, groups), the grid they lie on, when the solver chose one: a
-    container then stores exactly these codes instead of finding a scale of its own."""
+    container then stores exactly these codes instead of finding a scale of its own. ratio: (out, in), values / scale
+    before rounding, NaN where the level is fixed; what `tune` starts from."""
 
     values: Tensor
     scale: Tensor | None = None
+    ratio: Tensor | None = None
 
 
 @dataclass(frozen=True)
