@@ -1,4 +1,4 @@
-"""hf-compress: run, plan, evaluate, verify, card, publish, cache-teacher, list."""
+"""hf-compress: run, plan, evaluate, verify, card, publish, compare, cache-teacher, list."""
 
 from __future__ import annotations
 
@@ -198,6 +198,20 @@ def card(folder: FolderArgument) -> None:
     console.print(str(write_card(folder)))
 
 
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="two or more finished folders made from one model")],
+    output: Annotated[Path | None, typer.Option(help="also write the table as Markdown, to a file")] = None,
+) -> None:
+    """Print several variants of one model side by side, as each was measured."""
+    from hf_compress.card import variants, variants_card
+
+    console.print(_table(variants(folders), "variants"))
+    if output is not None:
+        output.write_text(variants_card(folders))
+        console.print(str(output), markup=False)
+
+
 @app.command("cache-teacher")
 def cache_teacher(
     recipe: RecipeArgument,
@@ -319,12 +333,17 @@ def _show(facts: dict[str, object]) -> None:
     if not rows:
         console.print("the recipe measured nothing (no evaluate: section)")
         return
-    table = Table(title=str(facts["name"]), title_justify="left", box=box.SIMPLE_HEAD)
+    console.print(_table(rows, str(facts["name"])))
+
+
+def _table(rows: list[list[str]], title: str) -> Table:
+    """The first row is the header; figures stand to the right."""
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        table.add_column(escape(name), justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows[1:]:
         table.add_row(*row)
-    console.print(table)
+    return table
 
 
 def main() -> None:

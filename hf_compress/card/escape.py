@@ -12,6 +12,12 @@ def text(value: object) -> str:
     return re.sub(r"([\\`*\[\]<>|#~&!]|(?<!\w)_|_(?!\w))", lambda m: f"&#{ord(m[1])};", one_line(value))
 
 
+def cell(value: str) -> str:
+    """Text of a table's cell; an interval and a unit stay on one line with what they belong to."""
+    held = re.sub(r"\(.*?\)", lambda m: m[0].replace(" ", "\u00a0"), text(value))
+    return re.sub(r"(?<=\d) (MB|MiB|M|ms)$", "\u00a0\\1", held)
+
+
 def code(value: object) -> str:
     """An inline code span, whatever backticks are inside."""
     line = one_line(value)

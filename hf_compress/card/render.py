@@ -14,7 +14,7 @@ import yaml
 
 from hf_compress.card.citations import bibtex
 from hf_compress.card.comparison import comparison
-from hf_compress.card.escape import HUB_ID, code, fence_for, hub_link, one_line, text
+from hf_compress.card.escape import HUB_ID, cell, code, fence_for, hub_link, one_line, text
 from hf_compress.card.facts import without_folders
 from hf_compress.card.metadata import METRICS, metadata, root_of
 from hf_compress.card.snippets import snippets
@@ -36,7 +36,7 @@ def render_card(facts: dict[str, Any], *, repo: str | None = None, plots: Collec
     )
     environment.filters |= {
         "text": text,
-        "cell": _cell,
+        "cell": cell,
         "code": code,
         "hub_link": hub_link,
         "line": one_line,
@@ -77,12 +77,6 @@ def dump_recipe(facts: dict[str, Any]) -> str:
     """The recipe (of a script: its TrainingArguments) as YAML, without the folders of the maker's machine."""
     known = facts.get("recipe") or facts.get("training_arguments") or {}
     return yaml.safe_dump(without_folders(known), sort_keys=False, allow_unicode=True)
-
-
-def _cell(value: str) -> str:
-    """Text of a table's cell; an interval and a unit stay on one line with what they belong to."""
-    held = re.sub(r"\(.*?\)", lambda m: m[0].replace(" ", "\u00a0"), text(value))
-    return re.sub(r"(?<=\d) (MB|MiB|M|ms)$", "\u00a0\\1", held)
 
 
 def _origin(facts: dict[str, Any]) -> str:

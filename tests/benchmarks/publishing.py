@@ -56,6 +56,7 @@ def command(*words: str) -> str:
 
     shown, code = io.StringIO(), 0
     cli.console.file = cli.errors.file = shown
+    cli.console.width = cli.errors.width = 300  # a sentence a line
     with mock.patch.object(sys, "argv", ["hf-compress", *words]):
         try:
             cli.main()
