@@ -59,7 +59,7 @@ def test_a_text_ends_at_the_end_token_or_where_the_row_did() -> None:
     """A student that writes 7 or 8, as chance has it; 7 ends a text, each row at its own time."""
     model = tiny("llama")
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(128))
-    model.lm_head.bias.data[7:9] = 1e4
+    model.lm_head.bias.data[7:9] = torch.tensor([1e4, 1e4 + 1])
     model.lm_head.weight.data[7:9] = 0
     model.generation_config.eos_token_id = [9, 7]
     early = 0
