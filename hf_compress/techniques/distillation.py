@@ -132,7 +132,8 @@ class Distillation(Technique):
             self.loss, self.temperature, {name: getattr(self, name) for name in traits.get("options", ())}
         )
         self._distribution = distribution(student)
-        if self.weight and self._distribution == "values" and traits["kind"] != "values":
+        heard = bool(self.weight or self.weight_end)
+        if heard and self._distribution == "values" and traits["kind"] != "values":
             raise CompressError(
                 f"a regression head has no distribution for {self.loss}",
                 where="distill.loss",

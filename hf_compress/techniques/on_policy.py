@@ -49,7 +49,8 @@ def continued(model: Any, batch: dict[str, Any], *, seed: int) -> dict[str, Tens
     the end-of-text token, or where the row is as long as it was. Rows are padded on the right.
     """
     prompts, room = [], []
-    for ids, real, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True):
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    for ids, real, labels in zip(batch["input_ids"], mask, batch["labels"], strict=True):
         row, first = ids[real], (labels[real] != -100).int().argmax()
         prompts.append(row[: first if first else max(1, len(row) // 2)])
         room.append(max(1, len(row) - len(prompts[-1])))

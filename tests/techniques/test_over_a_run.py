@@ -13,6 +13,7 @@ from hf_compress.errors import CompressError
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.ramp import ramp
 from hf_compress.techniques.soft_targets import Objective
+from tests.contracts.test_loss_scale import models
 from tests.models import tiny
 from tests.training import trainer
 
@@ -47,6 +48,9 @@ def test_a_weight_may_begin_at_zero(tmp_path: Path) -> None:
     logged = [entry["loss_distill"] for entry in run.state.log_history if "loss" in entry]
     assert logged[0] == 0
     assert all(value > 0 for value in logged[1:])
+    student, teacher = models("regression")
+    with pytest.raises(CompressError, match="regression head"):
+        trainer(student, tmp_path, [Distillation(teacher, weight=0.0, weight_end=1.0)])
 
 
 def shares(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, float]]:
