@@ -48,6 +48,7 @@ def _values(module: nn.Module, attribute: str, key: str) -> Tensor:
         found: Tensor = dequantize_4bit(tensor.data, tensor.quant_state)
         return found
     if attribute == "weight" and kind == "Linear8bitLt":
-        return tensor.CB.float() * tensor.SCB.float()[:, None] / 127
+        rows: Tensor = tensor.CB.float() * tensor.SCB.float()[:, None] / 127
+        return rows
     whole: Tensor = tensor.dequantize() if tensor.is_floating_point() and is_packed(tensor) else tensor
     return whole
