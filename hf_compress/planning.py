@@ -58,21 +58,24 @@ def plan(recipe: Recipe) -> list[Planned]:
             share = coverage(model, [w.name for w in weights(model)]).share
         elif isinstance(stage, Quantize):
             entry = backends.entry(stage.backend)
-            found = {
-                w: entry.traits["stores"](w, bits=stage.bits, group_size=stage.group_size) for w in weights(model)
-            }
+            scheme = stage.scheme(model)
+            found = {w: entry.traits["stores"](w, **scheme) for w in weights(model)}
             if "dtype" in stage.options:
                 model.to(getattr(torch, stage.options["dtype"]))
             bytes_now = _dense_bytes(model) - sum(w.nbytes for w, size in found.items() if not isinstance(size, str))
-            bytes_now += sum(size for size in found.values() if not isinstance(size, str))
+            packed = {w: size for w, size in found.items() if not isinstance(size, str)}
+            bytes_now += sum(packed.values())
             reasons = {w.name: reason for w, reason in found.items() if isinstance(reason, str)}
             covered = coverage(model, [w.name for w in found if w.name not in reasons], reasons)
             share, experts = covered.share, covered.experts
             if "packing" in entry.traits:
                 try:
-                    entry.traits["packing"](model, bits=stage.bits, group_size=stage.group_size, **stage.options)
+                    entry.traits["packing"](model, **scheme, **stage.options)
                 except CompressError as error:
                     notes.append(f"{REFUSED}{error.what} ({error.where}); {error.next_step}")
+            if packed:
+                average = 8 * sum(packed.values()) / sum(w.shape[0] * w.shape[1] for w in packed)
+                notes.append(f"bits a weight: {average:.2f}, scales included")
             notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]
             notes += [f"stays as it is: {len(names)} x {why}" for why, names in covered.skipped.items()]
             low = min(share, 1.0 if experts is None else experts)

@@ -34,6 +34,7 @@ Traits, shown by `plan` and the card: disk, memory, speed, experts, serves, need
 ``stores(weight, *, bits, group_size)``: bytes on disk as a float, or the reason (str) why this weight stays as it is;
 ``grid(*, bits, group_size, **options)``, where a solver can round for it: the `Grid` that it stores;
 ``packing(model, *, bits, group_size, **options)``, where weights can be packed one by one: an `oneshot.Container`.
+Where weights can differ, all but `grid` take `grids` too: weight name -> its own `Grid`.
 """
 
 backends: Registry[Backend] = Registry("backend", __name__)

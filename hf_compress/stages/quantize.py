@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from hf_compress.backends import backends, quantize
 from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.grids import Grid
 from hf_compress.oneshot import Solver, compress_blocks, compress_checkpoint, empty_model, solvers
+from hf_compress.oneshot.mixed import check_overrides, given_grids
 from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.stages.base import Done, Stage, Work
 from hf_compress.weights import weights
@@ -24,6 +28,12 @@ class Quantize(Stage):
     bits: int = field(default=8, metadata={"help": "bits a weight"})
     group_size: int | None = field(
         default=None, metadata={"help": "weights that share a scale along the inputs; none = a whole row"}
+    )
+    overrides: dict[str, dict[str, int | None]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "regular expression -> bits, group_size or both of the weights it finds; the first one wins"
+        },
     )
     method: str | None = field(
         default=None,
@@ -55,6 +65,7 @@ class Quantize(Stage):
             "folder",
             "bits",
             "group_size",
+            "grids",
             "scales",
         }
         for option in self.options:
@@ -65,7 +76,7 @@ class Quantize(Stage):
                     next_step=did_you_mean(option, known),
                 )
         try:
-            backends.entry(self.backend).traits["check"](bits=self.bits, group_size=self.group_size, **self.options)
+            self._check_bits()
         except CompressError as error:
             raise CompressError(error.what, where=f"{where}.{error.where}", next_step=error.next_step) from error
         for key, asked, trait in (("method", self.method, "grid"), ("streaming", self.streaming, "packing")):
@@ -87,31 +98,68 @@ class Quantize(Stage):
         if "quantize" in work_kinds:
             raise CompressError("the weights are quantized already", where=where, next_step="keep one quantize stage")
 
-    def _rounding(self, default: str) -> Solver:
-        grid = backends.entry(self.backend).traits["grid"](bits=self.bits, group_size=self.group_size, **self.options)
-        return solvers[self.method or default](grid=grid, **self.solver_options)
+    def _check_bits(self) -> None:
+        check, scheme = (
+            backends.entry(self.backend).traits["check"],
+            {"bits": self.bits, "group_size": self.group_size},
+        )
+        check(**scheme, **self.options)
+        if not self.overrides:
+            return
+        if "grids" not in inspect.signature(backends[self.backend]).parameters:
+            raise CompressError(
+                f"{self.backend} has one scheme for a whole model",
+                where="overrides",
+                next_step="leave overrides out, or use backend: compressed-tensors",
+            )
+        check_overrides(self.overrides, where="overrides")
+        for pattern, own in self.overrides.items():
+            try:
+                check(**(scheme | own), **self.options)
+            except CompressError as error:
+                where = f"overrides: {pattern!r}: {error.where}"
+                raise CompressError(error.what, where=where, next_step=error.next_step) from error
+
+    def scheme(self, model: PreTrainedModel) -> dict[str, Any]:
+        """bits, group_size and, where some weights of `model` have others, grids: what the backend and its traits are
+        called with beside `options`.
+
+        Raises:
+            CompressError: an expression that finds no weight (did you mean).
+        """
+        scheme: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
+        if self.overrides:
+            names = [w.name for w in weights(model)]
+            own = given_grids(names, self.overrides, Grid(self.bits, self.group_size), where="quantize.overrides")
+            scheme["grids"] = own
+        return scheme
+
+    def _rounding(self, scheme: dict[str, Any], default: str) -> Solver:
+        shared = {key: value for key, value in scheme.items() if key != "grids"}
+        grid = backends.entry(self.backend).traits["grid"](**shared, **self.options)
+        return solvers[self.method or default](grid=grid, grids=scheme.get("grids"), **self.solver_options)
 
     def run(self, work: Work) -> Done:
         saved = work.folder / "quantized"
         if not self.streaming:
             shutil.rmtree(saved, ignore_errors=True)  # of a run that stopped between writing it and taking it over
         where = f"quantize ({self.backend}, {self.bits} bits)"
+        traits = backends.entry(self.backend).traits
         if self.streaming:
-            rounding = self._rounding("rtn")
             empty = empty_model(Path(work.checkpoint))
-            packing = backends.entry(self.backend).traits["packing"](
-                empty, bits=self.bits, group_size=self.group_size, **self.options
-            )
+            scheme = self.scheme(empty)
+            rounding = self._rounding(scheme, "rtn")
+            packing = traits["packing"](empty, **scheme, **self.options)
             batches = work.calibration(empty.config.vocab_size, self.samples) if rounding.needs else []
             report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, rounding, container=packing)
             covered.require(self.min_coverage, where=where)
             return Done(None, report.facts(), covered, saved, quantized=self.backend)
+        scheme = self.scheme(work.model)
         scales, facts = None, dict[str, Any]()
         if self.method is not None:
-            rounding = self._rounding(self.method)
+            rounding = self._rounding(scheme, self.method)
             batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []
-            stores = backends.entry(self.backend).traits["stores"]
-            fits = [(w.name, stores(w, bits=self.bits, group_size=self.group_size)) for w in weights(work.model)]
+            fits = [(w.name, traits["stores"](w, **scheme)) for w in weights(work.model)]
             only = [name for name, found in fits if not isinstance(found, str)]
             report = compress_blocks(work.model, batches, rounding, only=only, resume_dir=work.folder / "blocks")
             scales, facts = report.scales, report.facts()
@@ -119,10 +167,9 @@ class Quantize(Stage):
             work.model,
             saved,
             backend=self.backend,
-            bits=self.bits,
-            group_size=self.group_size,
             tokenizer=work.tokenizer,
             scales=scales,
+            **scheme,
             **self.options,
         )
         written.coverage.require(self.min_coverage, where=where)
