@@ -15,6 +15,7 @@ from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.grids import Grid
 from hf_compress.oneshot import Solver, compress_blocks, compress_checkpoint, empty_model, solvers
 from hf_compress.oneshot.mixed import check_overrides, given_grids
+from hf_compress.oneshot.smoothing import Smooth, folds_of, smooth
 from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.stages.base import Done, Stage, Work
 from hf_compress.weights import weights
@@ -33,6 +34,13 @@ class Quantize(Stage):
         default_factory=dict,
         metadata={
             "help": "regular expression -> bits, group_size or both of the weights it finds; the first one wins"
+        },
+    )
+    smooth: Smooth | None = field(
+        default=None,
+        metadata={
+            "help": "channels to divide where they are made and multiply where they are read, before rounding: "
+            "{method: awq}, or {method: smoothquant, alpha: 0.5} for rounded activations"
         },
     )
     method: str | None = field(
@@ -79,6 +87,14 @@ class Quantize(Stage):
             self._check_bits()
         except CompressError as error:
             raise CompressError(error.what, where=f"{where}.{error.where}", next_step=error.next_step) from error
+        if self.smooth is not None:
+            self.smooth.check(where=f"{where}.smooth")
+            if self.streaming or "grid" not in backends.entry(self.backend).traits:
+                raise CompressError(
+                    "smoothing changes the whole model in memory, for the grid of a container",
+                    where=f"{where}.smooth",
+                    next_step="leave streaming out, or smooth",
+                )
         for key, asked, trait in (("method", self.method, "grid"), ("streaming", self.streaming, "packing")):
             if asked and trait not in backends.entry(self.backend).traits:
                 raise CompressError(
@@ -125,8 +141,10 @@ class Quantize(Stage):
         called with beside `options`.
 
         Raises:
-            CompressError: an expression that finds no weight (did you mean).
+            CompressError: an expression that finds no weight (did you mean); a model that cannot be smoothed.
         """
+        if self.smooth is not None:
+            folds_of(model, 0)
         scheme: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
         if self.overrides:
             names = [w.name for w in weights(model)]
@@ -134,10 +152,15 @@ class Quantize(Stage):
             scheme["grids"] = own
         return scheme
 
+    @property
+    def _grid(self) -> Grid:
+        found: Grid = backends.entry(self.backend).traits["grid"](
+            bits=self.bits, group_size=self.group_size, **self.options
+        )
+        return found
+
     def _rounding(self, scheme: dict[str, Any], default: str) -> Solver:
-        shared = {key: value for key, value in scheme.items() if key != "grids"}
-        grid = backends.entry(self.backend).traits["grid"](**shared, **self.options)
-        return solvers[self.method or default](grid=grid, grids=scheme.get("grids"), **self.solver_options)
+        return solvers[self.method or default](grid=self._grid, grids=scheme.get("grids"), **self.solver_options)
 
     def run(self, work: Work) -> Done:
         saved = work.folder / "quantized"
@@ -148,21 +171,25 @@ class Quantize(Stage):
         if self.streaming:
             empty = empty_model(Path(work.checkpoint))
             scheme = self.scheme(empty)
-            rounding = self._rounding(scheme, "rtn")
+            solver = self._rounding(scheme, "rtn")
             packing = traits["packing"](empty, **scheme, **self.options)
-            batches = work.calibration(empty.config.vocab_size, self.samples) if rounding.needs else []
-            report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, rounding, container=packing)
+            batches = work.calibration(empty.config.vocab_size, self.samples) if solver.needs else []
+            report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, solver, container=packing)
             covered.require(self.min_coverage, where=where)
             return Done(None, report.facts(), covered, saved, quantized=self.backend)
         scheme = self.scheme(work.model)
         scales, facts = None, dict[str, Any]()
-        if self.method is not None:
-            rounding = self._rounding(scheme, self.method)
-            batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []
-            fits = [(w.name, traits["stores"](w, **scheme)) for w in weights(work.model)]
-            only = [name for name, found in fits if not isinstance(found, str)]
+        rounding = None if self.method is None else self._rounding(scheme, self.method)
+        reads = self.smooth is not None or (rounding is not None and rounding.needs)
+        batches = work.calibration(work.model.config.vocab_size, self.samples) if reads else []
+        fits = [(w.name, traits["stores"](w, **scheme)) for w in weights(work.model)]
+        only = [name for name, found in fits if not isinstance(found, str)]
+        if self.smooth is not None:
+            own = scheme.get("grids")
+            facts["smooth"] = smooth(work.model, batches, self.smooth, self._grid, grids=own, only=only)
+        if rounding is not None:
             report = compress_blocks(work.model, batches, rounding, only=only, resume_dir=work.folder / "blocks")
-            scales, facts = report.scales, report.facts()
+            scales, facts = report.scales, facts | report.facts()
         written = quantize(
             work.model,
             saved,
