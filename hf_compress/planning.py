@@ -66,8 +66,7 @@ def plan(recipe: Recipe) -> list[Planned]:
             entry = backends.entry(stage.backend)
             if "dtype" in stage.options:
                 model.to(getattr(torch, stage.options["dtype"]))
-            scheme = {"bits": stage.bits, "group_size": stage.group_size} | stage.options
-            foreseen = foresee(model, stage.backend, **scheme)
+            foreseen = foresee(model, stage.backend, **stage.scheme(model), **stage.options)
             covered, refused = foreseen.coverage, foreseen.refused
             bytes_now = _dense_bytes(model) - foreseen.dense_bytes + foreseen.bytes
             share, experts = covered.share, covered.experts
@@ -75,6 +74,8 @@ def plan(recipe: Recipe) -> list[Planned]:
                 notes += [f"{REFUSED}{problem}" for problem in unrounded(trained, model, foreseen.reasons)]
             if refused is not None:
                 notes.append(f"{REFUSED}{refused.what} ({refused.where}); {refused.next_step}")
+            if foreseen.bits:
+                notes.append(f"bits a weight: {foreseen.bits:.2f}, scales included")
             notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]
             notes += [f"stays as it is: {len(names)} x {why}" for why, names in covered.skipped.items()]
             low = min(share, 1.0 if experts is None else experts)

@@ -37,6 +37,7 @@ as it is;
 ``grid(*, bits, group_size, **options)``: the `Grid` that it stores, for solvers and QAT to round to;
 ``packing(model, *, bits, group_size, **options)``, where weights can be packed one by one, at scales that a solver or
 QAT chose: an `oneshot.Container`.
+Where weights can differ, all but `grid` take `grids` too: weight name -> its own `Grid`.
 """
 
 backends: Registry[Backend] = Registry("backend", __name__)
@@ -47,13 +48,14 @@ class Foreseen:
     """What a container makes of a model's block matrices, known before any weight is read.
 
     bytes: on disk. dense_bytes: of the same matrices now. reasons: weight -> why it stays as it is. refused: why it
-    would not be written, None where it would.
+    would not be written, None where it would. bits: of a weight that it packs, scales included, 0 where there is none.
     """
 
     bytes: float
     dense_bytes: float
     coverage: Coverage
     reasons: dict[str, str]
+    bits: float
     refused: CompressError | None = None
 
 
@@ -73,7 +75,9 @@ def foresee(
     except CompressError as error:
         refused = error
     sizes = [w.nbytes if isinstance(size, str) else size for w, size in found.items()]
-    return Foreseen(float(sum(sizes)), float(sum(w.nbytes for w in found)), covered, reasons, refused)
+    packed = [(size, w.shape[0] * w.shape[1]) for w, size in found.items() if not isinstance(size, str)]
+    average = 8 * sum(size for size, _ in packed) / sum(count for _, count in packed) if packed else 0.0
+    return Foreseen(float(sum(sizes)), float(sum(w.nbytes for w in found)), covered, reasons, average, refused)
 
 
 def quantize(

@@ -17,7 +17,7 @@ from hf_compress.oneshot.tuning import Tuning
 from hf_compress.registry import Registry
 from hf_compress.weights import Weight
 
-CALIBRATED = frozenset({"input_norm", "hessian", "drift", "folds"})
+CALIBRATED = frozenset({"input_norm", "input_max", "hessian", "drift", "folds"})
 """What `Solver.needs` may name; ``drift`` brings `Statistics.residual` too, where the output joins the stream."""
 
 
