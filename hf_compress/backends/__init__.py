@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.calibration import Batch
 from hf_compress.coverage import Coverage, coverage
 from hf_compress.errors import CompressError
+from hf_compress.oneshot import compress_blocks, solvers
+from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.registry import Registry
 from hf_compress.verification import write_expectation, write_hashes
 from hf_compress.weights import weights
@@ -88,24 +91,34 @@ def quantize(
     bits: int = 8,
     group_size: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    method: str | None = None,
+    batches: Sequence[Batch] = (),
+    solver_options: Mapping[str, Any] | None = None,
     scales: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Written:
-    """``quantize(model, "out", backend="compressed-tensors", bits=4, group_size=32, tokenizer=tokenizer)``: write a
-    folder that plain from_pretrained opens and `verify` can check.
+    """``quantize(model, "out", backend="bitsandbytes", bits=4, method="gptq", batches=batches, tokenizer=tokenizer)``:
+    write a folder that plain from_pretrained opens and `verify` can check.
 
-    `options` are the backend's own (``hf-compress list backends``); scales: weight name -> (out, groups), where a
-    solver chose the grid (`OneshotReport.scales`; backends with a `packing`). Look at `Written.coverage`: what the
-    container cannot store stays as it was.
+    Args:
+        method: a solver that first rounds `model`, in place, to the points that the container stores (``hf-compress
+            list solvers``; gptq), with `batches` of input_ids and attention_mask, (batch, tokens) each, to calibrate
+            on. None: the container's own rounding.
+        scales: weight name -> (out, groups), where the weights lie on a grid already (`OneshotReport.scales`).
+        options: the backend's own (``hf-compress list backends``).
+
+    Look at `Written.coverage`: what the container cannot store stays as it was.
 
     Raises:
-        CompressError: unknown backend; the folder exists; bits or group sizes the container does not have.
+        CompressError: unknown backend or method; the folder exists; bits or group sizes the container does not have.
     """
     folder = Path(folder)
     if folder.exists():
         raise CompressError("the output folder exists", where=str(folder), next_step="choose another")
     entry, part = backends.entry(backend), folder.with_name(folder.name + ".part")
     entry.traits["check"](bits=bits, group_size=group_size, **options)
+    if method is not None:
+        scales = _rounded(model, backend, method, batches, solver_options or {}, bits, group_size, options)
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     chosen = {} if scales is None else {"scales": scales}
@@ -117,3 +130,31 @@ def quantize(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return written
+
+
+def _rounded(
+    model: PreTrainedModel,
+    backend: str,
+    method: str,
+    batches: Sequence[Batch],
+    solver_options: Mapping[str, Any],
+    bits: int,
+    group_size: int | None,
+    options: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The scales of the weights that `method` rounded in place."""
+    traits, makes = backends.entry(backend).traits, solvers.entry(method, where="method").traits["makes"]
+    if "grid" not in traits or makes != "codes":
+        raise CompressError(
+            f"{backend} rounds the whole model at once, by itself"
+            if "grid" not in traits
+            else f"{method} prunes, it does not round",
+            where="method",
+            next_step="leave it out" if "grid" not in traits else "gptq, or rtn",
+        )
+    check_solver_options(method, solver_options, where="solver_options")
+    scheme = {"bits": bits, "group_size": group_size, **options}
+    kept = foresee(model, backend, bits=bits, group_size=group_size, **options).reasons
+    solver = solvers[method](grid=traits["grid"](**scheme), **solver_options)
+    only = [w.name for w in weights(model) if w.name not in kept]
+    return compress_blocks(model, list(batches), solver, only=only).scales

@@ -98,3 +98,18 @@ def test_codes_that_would_be_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CompressError, match="differs from the one that was chosen"):
         quantize(model, tmp_path / "out", backend="bitsandbytes", bits=4, scales=scales)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_call_rounds_with_a_solver_and_writes(tmp_path: Path) -> None:
+    by_hand, model = tiny("deepseek_v3"), tiny("deepseek_v3")
+    calibrated(by_hand, SCHEMES["nf4"])
+    quantize(model, tmp_path / "out", backend="bitsandbytes", bits=4, method="gptq", batches=batches())
+    assert all(map(torch.equal, (w.matrix for w in weights(by_hand)), (w.matrix for w in weights(model))))
+    for wrong, what in (
+        ({"method": "alps"}, "prunes"),
+        ({"method": "gtpq"}, "gptq"),
+        ({"solver_options": {"x": 1}}, "x"),
+    ):
+        with pytest.raises(CompressError, match=what):
+            quantize(tiny("llama"), tmp_path / "no", bits=4, **({"method": "gptq", "batches": batches()} | wrong))
+    assert not (tmp_path / "no").exists()
