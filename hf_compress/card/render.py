@@ -100,7 +100,8 @@ def _gist(facts: dict[str, Any]) -> str:
     dense = facts["evaluation"]["artefacts"]["dense"] if facts["evaluation"] else {}
     said = []
     if "bytes" in root:
-        said.append(f"Its weights take {root['bytes'] / 1e6:.1f} MB, the dense model's {dense['bytes'] / 1e6:.1f} MB")
+        ours, theirs = (f"{x['bytes'] / 1e6:.1f}\u00a0MB" for x in (root, dense))
+        said.append(f"Its weights take {ours}, the dense model's {theirs}")
     for metric, form in zip(METRICS, ("{:.2%}", "{:.2f}"), strict=True):
         if metric in root:
             ours, theirs = (form.format(x[metric]["value"]) for x in (root, dense))

@@ -136,9 +136,9 @@ def keep_card(folder: Path) -> None:
     from hf_compress.card import FACTS, read_facts, save_facts, without_folders, write_card
 
     target = CARDS / folder.name
+    facts = {key: value for key, value in read_facts(folder).items() if key != "published"}  # `folder` may be `target`
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    facts = {key: value for key, value in read_facts(folder).items() if key != "published"}
     save_facts(without_folders(facts), target / FACTS)
     write_card(target)
 

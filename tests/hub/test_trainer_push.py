@@ -69,6 +69,7 @@ def test_push_while_training_and_at_its_end(trusted: Hub, tmp_path: Path) -> Non
         "initial commit",
     ]
     assert b"Training goes on: this is step 2" in history[2].files["README.md"].data
+    assert json.loads(history[2].files["hf_compress.json"].data)["verify"] is None  # nobody opened a step
     assert b"Training goes on" not in history[0].files["README.md"].data
     assert not [name for name in history[1].files if name.endswith((".bin", ".pt", ".pth"))]
     assert "verify/expectation.safetensors" in history[0].files
@@ -119,6 +120,7 @@ def test_adapters_alone_and_other_ranks(online: Hub, tmp_path: Path) -> None:
         ours.create_model_card()
     del ours.model.peft_config
     ours.is_world_process_zero = lambda: False  # type: ignore[method-assign]
+    ours.create_model_card()
     assert ours.push_to_hub() is None
     assert online.repos == {}
     assert not (tmp_path / "out" / "README.md").exists()
