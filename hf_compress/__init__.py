@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# transformers imports torchao where it is installed, and torchao tells which GPU libraries it did not find
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.getMessage())
 
 if TYPE_CHECKING:
     from hf_compress.backends import quantize

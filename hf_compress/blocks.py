@@ -13,6 +13,7 @@ from hf_compress.source import ModelSource, load_meta
 from hf_compress.weights import weights
 
 _PART = re.compile(r"(?P<module>.*)\.(?:weight|SCB|qweight)(?:[._].*)?")  # a matrix, its scales, its codes
+_TORCHAO = re.compile(r"\._(\w+)_(?:qdata|scale|zero_point)$")  # the same, of the parameter named between
 
 
 def block_profile(folder: Path, task: str, *, zeros: bool) -> list[dict[str, Any]]:
@@ -27,14 +28,15 @@ def block_profile(folder: Path, task: str, *, zeros: bool) -> list[dict[str, Any
         assert weight.block is not None
         place = (weight.block, weight.kind)
         parameters[place] += weight.shape[0] * weight.shape[1]
-        kinds |= {key.removesuffix(".weight"): place for key in weight.stored}
+        kinds |= {key.removesuffix(".weight"): place for key in (*weight.stored, weight.parameter)}
     stored, empty = defaultdict[tuple[int, str], int](int), defaultdict[tuple[int, str], int](int)
     packed = set[tuple[int, str]]()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                match = _PART.fullmatch(name)
-                place_of = kinds.get(match["module"]) if match else None
+                parameter = _TORCHAO.sub(r".\1", name)
+                match = _PART.fullmatch(parameter)
+                place_of = kinds.get(match["module"] if match else parameter)
                 if place_of is None:
                     continue
                 part = file.get_slice(name)

@@ -6,7 +6,10 @@ import logging
 
 from torch import nn
 
+from hf_compress.errors import CompressError
+
 BLOCK = 64  # weights that share a scale in 4 bits
+ROWS = 32  # that the repacking of `disable_cpu_packing` takes at once
 
 for _name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(_name).setLevel(logging.ERROR)  # it says at every layer of every forward that inputs are cast
@@ -14,10 +17,20 @@ for _name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops
 
 def disable_cpu_packing(model: nn.Module) -> None:
     """Call right after loading, before any forward. Without it, one forward in eval mode makes later gradients, saves
-    and dequantization silently wrong on CPUs with AVX512-BF16. Models without 4-bit layers are left as they are."""
-    for module in model.modules():
+    and dequantization silently wrong on CPUs with AVX512-BF16. Models without 4-bit layers are left as they are.
+
+    Raises:
+        CompressError: a forward repacked a weight before.
+    """
+    for name, module in model.named_modules():
         if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise CompressError(
+                    "a forward has repacked this 4-bit weight: gradients through it and what is saved of it are wrong",
+                    where=name,
+                    next_step="load the model again and hand it over before its first forward",
+                )
+            module.support_avx512bf16_for_cpu = False
 
 
 def unfit(module_name: str, width: int, *, bits: int) -> str:

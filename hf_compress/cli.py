@@ -1,4 +1,4 @@
-"""hf-compress: run, plan, evaluate, verify, card, publish, cache-teacher, list."""
+"""hf-compress: run, plan, evaluate, verify, card, publish, compare, cache-teacher, list."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from hf_compress.hub import Published
     from hf_compress.remeasure import Figure
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ errors = Console(stderr=True)
 
 LISTS = (
     "losses, criteria, solvers, backends, families, techniques, stages or recipes; or a section of a recipe: model, "
-    "data, evaluate, distill, qat, prune-in-training, or a stage (shrink, prune, train, quantize, export)"
+    "data, evaluate, publish, distill, qat, prune-in-training, or a stage (shrink, prune, train, quantize, export)"
 )
 RecipeArgument = Annotated[
     str, typer.Argument(help="a recipe file, or the name of a shipped recipe (see `hf-compress list recipes`)")
@@ -51,8 +52,8 @@ def run(
     set_: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="replace the output folder")] = False,
 ) -> None:
-    """Run a recipe: stages, measurements, verification, card. Interrupted? The same command goes on where it
-    stopped."""
+    """Run a recipe: stages, measurements, verification, card, and the Hub where it has a `publish:` section.
+    Interrupted? The same command goes on where it stopped."""
     from hf_compress.pipeline import compress
     from hf_compress.recipe import load
 
@@ -69,6 +70,8 @@ def run(
         raise typer.Exit(130) from None
     _show(result.facts)
     console.print(f"\ncard: {result.folder / 'README.md'}")
+    if result.published is not None:
+        _tell(result.published)
 
 
 @app.command()
@@ -156,13 +159,17 @@ def _compare(figures: list[Figure]) -> None:
 @app.command()
 def publish(
     folder: FolderArgument,
-    repo: Annotated[str, typer.Argument(help="where to: user/name or organisation/name")],
+    repo: Annotated[str, typer.Argument(help="where to: user/name or organisation/name; made when it is not there")],
     private: Annotated[bool, typer.Option(help="make a new repository private")] = False,
     revision: Annotated[str | None, typer.Option(help="branch to commit to, made when there is none")] = None,
     create_pr: Annotated[bool, typer.Option(help="open a pull request instead of committing to main")] = False,
 ) -> None:
-    """Verify the folder and commit it to the Hub in one piece. Interrupted? The same command sends what is missing.
-    Log in first with `hf auth login`, or set HF_TOKEN."""
+    """Verify the folder and commit it to the Hub in one piece, its card (README.md) with it.
+
+    Log in first with `hf auth login`, or set HF_TOKEN. Interrupted? The same command sends what is missing.
+
+    `hf-compress publish outputs/small my-org/small --private`
+    """
     from hf_compress.hub import publish as publish_folder
 
     done = publish_folder(
@@ -173,6 +180,10 @@ def publish(
         create_pr=create_pr,
         say=lambda text: console.print(f"[bold]> {escape(text)}[/bold]"),
     )
+    _tell(done)
+
+
+def _tell(done: Published) -> None:
     if not done.changed:
         console.print(f"nothing to upload: {done.repo} holds all of it already (commit {done.commit})", markup=False)
     else:
@@ -185,6 +196,20 @@ def card(folder: FolderArgument) -> None:
     from hf_compress.card import write_card
 
     console.print(str(write_card(folder)))
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="two or more finished folders made from one model")],
+    output: Annotated[Path | None, typer.Option(help="also write the table as Markdown, to a file")] = None,
+) -> None:
+    """Print several variants of one model side by side, as each was measured."""
+    from hf_compress.card import variants, variants_card
+
+    console.print(_table(variants(folders), "variants"))
+    if output is not None:
+        output.write_text(variants_card(folders))
+        console.print(str(output), markup=False)
 
 
 @app.command("cache-teacher")
@@ -256,6 +281,7 @@ def listing(what: str) -> list[tuple[str, str, str]]:
     from hf_compress.errors import CompressError, did_you_mean
     from hf_compress.evaluation import Evaluate
     from hf_compress.families import families
+    from hf_compress.hub import Publish
     from hf_compress.losses import losses
     from hf_compress.oneshot.solvers import solvers
     from hf_compress.recipe import shipped
@@ -283,7 +309,7 @@ def listing(what: str) -> list[tuple[str, str, str]]:
         return [
             (name, " ".join((sys.modules[kind.__module__].__doc__ or "").split()), "") for name, kind in STAGES.items()
         ]
-    sections: dict[str, Any] = STAGES | {"model": ModelSource, "data": Data, "evaluate": Evaluate}
+    sections: dict[str, Any] = STAGES | {"model": ModelSource, "data": Data, "evaluate": Evaluate, "publish": Publish}
     sections |= {"distill": Distillation, "prune-in-training": Pruning, "qat": QAT}
     if what in sections:
         return [(f.name, f.metadata.get("help", ""), _default(f)) for f in dataclasses.fields(sections[what])]
@@ -307,12 +333,17 @@ def _show(facts: dict[str, object]) -> None:
     if not rows:
         console.print("the recipe measured nothing (no evaluate: section)")
         return
-    table = Table(title=str(facts["name"]), title_justify="left", box=box.SIMPLE_HEAD)
+    console.print(_table(rows, str(facts["name"])))
+
+
+def _table(rows: list[list[str]], title: str) -> Table:
+    """The first row is the header; figures stand to the right."""
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        table.add_column(escape(name), justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows[1:]:
         table.add_row(*row)
-    console.print(table)
+    return table
 
 
 def main() -> None:

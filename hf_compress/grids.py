@@ -67,6 +67,10 @@ class Grid:
         table = torch.tensor(levels, device=ratio.device)
         return table[torch.bucketize(ratio.contiguous(), (table[1:] + table[:-1]) / 2)]
 
+    def stored(self, scale: Tensor) -> Tensor:
+        """The scales that a reader of the container will see."""
+        return scale if self.settle is None else self.settle(scale)
+
     def groups(self, matrix: Tensor) -> Tensor:
         """(out, in) -> (out, groups, group) view.
 
@@ -260,7 +264,7 @@ def searched_scales(matrix: Tensor, grid: Grid, importance: Tensor | None = None
     for shrink in torch.linspace(1.1, 0.3, 33).tolist():
         for sign in signs:
             tried = (widest.float() * (sign * shrink)).to(matrix.dtype)
-            stored = tried if grid.settle is None else grid.settle(tried)
+            stored = grid.stored(tried)
             ratio = grouped / stored[..., None].float()
             level = grid.nearest(ratio)
             if pins is not None:

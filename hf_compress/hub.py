@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
+from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,  # of the HTTP library that the client was built on
-    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.card import FACTS, adopt_prose, note_published, read_facts, save_facts, without_folders, write_card
 from hf_compress.errors import CompressError
+from hf_compress.hub_errors import explained, may_pass, was_sent
 from hf_compress.shippable import shippable
-from hf_compress.verification import HASHES, verify, write_hashes
+from hf_compress.verification import EXPECTATION, HASHES, require_unchanged, verify, write_hashes
 
 OURS = ("*.safetensors", "*.safetensors.index.json", "onnx/*", "plots/*", "verify/*", ".eval_results/*")
 ATTEMPTS = 4  # of the whole upload; what arrived before is not sent again
@@ -40,6 +39,32 @@ class Published:
     commit: str
     changed: bool
     pull_request: str | None = None
+
+
+@dataclass
+class Publish:
+    """``publish: {repo: my-org/small, private: true}``"""
+
+    repo: str = field(metadata={"help": "where to: user/name or organisation/name"})
+    private: bool = field(default=False, metadata={"help": "make a new repository private"})
+    revision: str | None = field(
+        default=None, metadata={"help": "branch to commit to, made when there is none; none = main"}
+    )
+    create_pr: bool = field(default=False, metadata={"help": "open a pull request instead of committing to main"})
+
+    def check(self) -> None:
+        """What is wrong whatever the machine."""
+        _check_target(self.repo, self.revision, self.create_pr)
+
+    def require_possible(self) -> None:
+        """Raise a CompressError where this machine could not publish now: not logged in, or told to stay offline."""
+        _require_login(self.repo)
+        if is_offline_mode():
+            raise CompressError(
+                "the Hub's client was told to stay offline",
+                where=f"publish.repo: {self.repo}",
+                next_step="unset HF_HUB_OFFLINE, or leave `publish:` out and run `hf-compress publish` later",
+            )
 
 
 def publish(
@@ -63,27 +88,22 @@ def publish(
     Args:
         private: make a new repository private; an existing public one is refused then.
         revision: branch to commit to, made from main when there is none.
-        check: False for a model still in training, which no expectation was recorded of; its card says so.
+        check: False for a folder verified a moment ago, and for a model still in training, which no expectation was
+            recorded of; its card says so.
 
     Raises:
         CompressError: not logged in, no right to write, a commit of somebody else meanwhile, no connection; what
         `verify` or `shippable` refuses; prose changed both here and on the Hub.
     """
     folder = Path(folder)
-    if create_pr and revision is not None:
-        raise CompressError("a pull request is against main", where="revision", next_step="give one or the other")
+    _check_target(repo, revision, create_pr)
     facts = read_facts(folder)
     shippable(folder)  # refusals before anything is opened or sent
     _require_login(repo)
     if check:
-        say("verifying in a fresh process")
-        if not (folder / HASHES).exists():
-            write_hashes(folder)
-        found = verify(folder)[str(folder)]
-        if facts["verify"] is None:
-            save_facts(facts | {"verify": found}, folder / FACTS)
+        _verify(folder, facts, say)
     repo = create(repo, private=private)
-    with _explained(repo, revision):
+    with explained(repo, revision):
         api = HfApi()
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -97,6 +117,22 @@ def publish(
     return Published(repo, commit.oid, commit.oid != head, commit.pr_url)
 
 
+def _verify(folder: Path, facts: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Open the folder in a fresh process; one that was too large for the machine that made it is compared with its
+    hashes only, and its card says that nobody opened it."""
+    hashed = (folder / HASHES).exists()
+    if facts["verify"] is None and facts.get("recipe") and hashed and not (folder / EXPECTATION).exists():
+        say("never opened, being larger than its maker's memory: only its hashes are compared")
+        require_unchanged(folder)
+        return
+    say("verifying in a fresh process")
+    found = verify(folder)[str(folder)]
+    if not hashed:
+        write_hashes(folder)
+    if facts["verify"] is None:
+        save_facts(facts | {"verify": found}, folder / FACTS)
+
+
 def create(repo: str, *, private: bool = False) -> str:
     """Make the repository unless it is there, and give its full name.
 
@@ -104,7 +140,7 @@ def create(repo: str, *, private: bool = False) -> str:
         CompressError: not logged in; no right to; it is there and public, and was asked to be private.
     """
     _require_login(repo)
-    with _explained(repo, None):
+    with explained(repo, None):
         api = HfApi()
         name: str = api.create_repo(repo, private=private, exist_ok=True).repo_id
         if private and not api.model_info(name).private:
@@ -114,6 +150,14 @@ def create(repo: str, *, private: bool = False) -> str:
                 next_step="make it private on the Hub, or choose another",
             )
     return name
+
+
+def _check_target(repo: str, revision: str | None, create_pr: bool) -> None:
+    """Raise a CompressError for a name the Hub would not take, or a pull request against a branch."""
+    with explained(repo, None):
+        validate_repo_id(repo)
+    if create_pr and revision is not None:
+        raise CompressError("a pull request is against main", where="revision", next_step="give one or the other")
 
 
 def _require_login(repo: str) -> None:
@@ -129,7 +173,7 @@ def fetch(repo: str, *, revision: str | None = None) -> Path:
     Raises:
         CompressError: no such repository or revision, or no right to read it; no connection and not in the cache.
     """
-    with _explained(repo, revision):
+    with explained(repo, revision):
         try:  # asked first: refused, the client would quietly give what it has cached
             revision = HfApi().model_info(repo, revision=revision).sha
         except HfHubHTTPError:
@@ -183,79 +227,7 @@ def _commit(
                 parent_commit=head,
             )
         except (HfHubHTTPError, HTTPError, RuntimeError) as error:
-            if attempt == ATTEMPTS or not _may_pass(error) or (create_pr and _was_sent(error)):
+            if attempt == ATTEMPTS or not may_pass(error) or (create_pr and was_sent(error)):
                 raise
             time.sleep(2**attempt)
     raise AssertionError
-
-
-def _may_pass(error: BaseException) -> bool:
-    """A server's own failure or a broken connection, also as the cause of the client's upload error; hf_xet reports
-    both as plain RuntimeErrors."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response is not None and error.response.status_code >= 500
-    if error.__cause__ is not None and isinstance(error, RuntimeError):
-        return _may_pass(error.__cause__)
-    return isinstance(error, HTTPError | RuntimeError)
-
-
-def _was_sent(error: BaseException) -> bool:
-    """Whether the commit itself may have reached the Hub."""
-    request = getattr(error, "request", None)
-    return request is not None and "/commit/" in str(request.url)
-
-
-@contextmanager
-def _explained(repo: str, revision: str | None) -> Iterator[None]:
-    """The client's errors as what, where and next."""
-    where = repo if revision is None else f"{repo}, revision {revision}"
-    try:
-        yield
-    except RevisionNotFoundError as error:
-        raise CompressError("no such revision", where=where, next_step="check the branch, tag or commit") from error
-    except RepositoryNotFoundError as error:
-        raise CompressError(
-            "no such repository, or it is private and you may not see it",
-            where=where,
-            next_step="check the name; for a private one log in: `hf auth login`",
-        ) from error
-    except HFValidationError as error:
-        raise CompressError(
-            "no name of a repository on the Hub",
-            where=repr(repo),
-            next_step="give it as user/name or organisation/name",
-        ) from error
-    except HfHubHTTPError as error:
-        raise _of_status(error, where) from error
-    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RuntimeError) as error:
-        if isinstance(error.__cause__, HfHubHTTPError):  # the client wraps what an upload of one file met
-            raise _of_status(error.__cause__, where) from error
-        raise CompressError(
-            f"the connection to the Hub failed and did not come back: {str(error).splitlines()[0]}",
-            where=where,
-            next_step="nothing was changed unless all of it was; try again: what has arrived is not sent again",
-        ) from error
-    except ValueError as error:
-        if "metadata" not in str(error):
-            raise
-        raise CompressError(str(error), where=f"{where}: README.md", next_step="mend the card's metadata") from error
-
-
-def _of_status(error: HfHubHTTPError, where: str) -> CompressError:
-    status = error.response.status_code if error.response is not None else 0
-    if status == 412:
-        what, then = "somebody committed meanwhile", "look at what changed there, then publish again"
-    elif status in (401, 403):
-        what, then = (
-            "no right to write there",
-            "log in as somebody who has: `hf auth login`, with a token that may write",
-        )
-    elif status >= 500:
-        what, then = (
-            f"the Hub failed ({status}) and did not recover",
-            "try again later: what has arrived is not sent again",
-        )
-    else:
-        said = getattr(error, "server_message", None) or str(error).splitlines()[0]
-        what, then = f"the Hub refused ({status}): {said}", "mend that, then publish again"
-    return CompressError(what, where=where, next_step=then)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -25,7 +26,8 @@ from hf_compress.data import peek
 from hf_compress.errors import CompressError
 from hf_compress.evaluation import evaluate
 from hf_compress.evaluation.cost import machine_facts
-from hf_compress.hub import Published, publish
+from hf_compress.files import write_whole
+from hf_compress.hub import Publish, Published, publish
 from hf_compress.licence import copy_texts, source_licence
 from hf_compress.planning import require_possible
 from hf_compress.recipe import NamedStage, Recipe, parse
@@ -40,13 +42,19 @@ from hf_compress.verification import (
     write_onnx_expectation,
 )
 
+_UNPUBLISHED = (
+    "unpublished"  # in the work folder: the output is finished, by the recipe of this digest, and not on the Hub
+)
+
 
 @dataclass(frozen=True)
 class Result:
-    """folder: what plain from_pretrained opens, with README.md (the card) and hf_compress.json (`facts`)."""
+    """folder: what plain from_pretrained opens, with README.md (the card) and hf_compress.json (`facts`).
+    published: where the recipe's `publish:` section put it."""
 
     folder: Path
     facts: dict[str, Any]
+    published: Published | None = None
 
     def push_to_hub(self, repo: str, **options: Any) -> Published:
         """``compress(recipe, "out").push_to_hub("user/small", private=True)``: as `hf_compress.hub.publish`."""
@@ -61,15 +69,23 @@ def compress(
     command: str = "",
     say: Callable[[str], None] = lambda _: None,
 ) -> Result:
-    """Run every stage, then measure, verify and describe the result.
+    """Run every stage, then measure, verify, describe and, where the recipe says so, publish the result.
 
     Work happens in a hidden sibling of `output`; the finished folder gets its name at the end by a rename. Run again
-    after an interruption: finished stages are not redone, and training goes on from its last checkpoint.
+    after an interruption: finished stages are not redone, training goes on from its last checkpoint, and a finished
+    folder that did not reach the Hub is only published.
 
     Raises:
-        CompressError: the output exists; whatever a stage, the evaluation or `verify` finds wrong.
+        CompressError: the output exists; it is to be published and nobody is logged in; whatever a stage, the
+        evaluation, `verify` or `publish` finds wrong.
     """
     output = Path(output).absolute()
+    if recipe.publish is not None:
+        recipe.publish.require_possible()
+    unpublished = output.with_name(f".{output.name}.work") / _UNPUBLISHED
+    if recipe.publish is not None and output.exists() and _made_by(recipe, unpublished):
+        say("finished before")
+        return _published(recipe.publish, output, unpublished, say, check=True)
     if output.exists() and not overwrite:
         raise CompressError(
             "the output folder exists", where=str(output), next_step="choose another --output, or pass --overwrite"
@@ -151,7 +167,7 @@ def compress(
     facts: dict[str, Any] = {
         "name": recipe.name,
         "command": command,
-        "recipe": recipe.raw,
+        "recipe": _without_publish(recipe),
         "seed": recipe.seed,
         "license": licence,
         "task": task,
@@ -184,8 +200,27 @@ def compress(
     if output.exists():
         shutil.rmtree(output)
     final.rename(output)
-    shutil.rmtree(room)
-    return Result(output, facts)
+    if recipe.publish is None:
+        shutil.rmtree(room)
+        return Result(output, facts)
+    write_whole(unpublished, _digest(_without_publish(recipe)))
+    for folder in (path for path in room.iterdir() if path != unpublished):
+        shutil.rmtree(folder)
+    return _published(recipe.publish, output, unpublished, say, check=False)  # it was verified a moment ago
+
+
+def _published(
+    section: Publish, output: Path, unpublished: Path, say: Callable[[str], None], *, check: bool
+) -> Result:
+    """Publish the finished folder; `unpublished` goes once it is on the Hub."""
+    try:
+        done = publish(output, **dataclasses.asdict(section), check=check, say=say)
+    except CompressError as error:
+        again = f"{output} is finished: the same command only publishes it"
+        then = "; ".join(filter(None, (error.next_step, again)))
+        raise CompressError(error.what, where=error.where, next_step=then) from error
+    shutil.rmtree(unpublished.parent)
+    return Result(output, read_facts(output), done)
 
 
 def measure_again(folder: Path, dense: str) -> dict[str, Any]:
@@ -206,6 +241,19 @@ def measure_again(folder: Path, dense: str) -> dict[str, Any]:
     return facts
 
 
+def _without_publish(recipe: Recipe) -> dict[str, Any]:
+    """What made the model; where its maker put it is no business of those who run the recipe again."""
+    return {key: value for key, value in recipe.raw.items() if key != "publish"}
+
+
+def _made_by(recipe: Recipe, unpublished: Path) -> bool:
+    return unpublished.is_file() and unpublished.read_text() == _digest(_without_publish(recipe))
+
+
+def _digest(known: Any) -> str:
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _blocks(final: Path, floating: Path, task: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Bits a weight of each block as it ships; zeros as the last stage with floating weights left them."""
     pruned = any(r["kind"] == "prune" or "Pruning" in r["facts"].get("techniques", {}) for r in records)
@@ -217,8 +265,14 @@ def _blocks(final: Path, floating: Path, task: str, records: list[dict[str, Any]
 
 
 def _plain(source: ModelSource, files: list[Path]) -> bool:
-    """A safetensors folder whose tokenizer and dtype need no change."""
-    return bool(files) and not source.gguf_file and source.tokenizer is None and source.dtype == "auto"
+    """A safetensors folder whose weights, tokenizer and dtype need no change."""
+    return (
+        bool(files)
+        and not source.gguf_file
+        and not source.dequantize
+        and source.tokenizer is None
+        and source.dtype == "auto"
+    )
 
 
 def _fits(folder: Path, source: ModelSource) -> bool:
@@ -262,7 +316,7 @@ class _Finished:
             recipe.raw["stages"][: index + 1],
             recipe.baseline if recipe.baseline in {s.name for s in named} else "source",
         ]
-        digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        digest = _digest(known)[:12]
         return _Finished(room / f"{index + 1}-{named[-1].name if named else 'source'}-{digest}")
 
     @property

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_compress.backends import backends
+from hf_compress.backends import backends, foresee
 from hf_compress.coverage import KEPT, coverage
 from hf_compress.errors import CompressError
 from hf_compress.evaluation.cost import parameter_counts
 from hf_compress.recipe import Recipe
-from hf_compress.source import load_meta, read_config
+from hf_compress.source import format_of, load_meta, read_config, require_floating
 from hf_compress.stages import Prune, Quantize, Shrink, Train
 from hf_compress.stages.trained_grid import unrounded
 from hf_compress.surgery import shrink
@@ -43,9 +43,11 @@ def plan(recipe: Recipe) -> list[Planned]:
     Bytes of the source are those of its dtype, FP8 block-scaled included; a stage after it writes bfloat16.
 
     Raises:
-        CompressError: as loading the recipe and its config; a shrink that is impossible.
+        CompressError: as loading the recipe and its config; a model that is quantized already; a shrink that is
+        impossible.
     """
     config = read_config(recipe.model)
+    require_floating(recipe.model, config)
     model = load_meta(recipe.model)
     trained: QAT | None = None
     rows = [_row("source", "source", model, _source_bytes(config, model))]
@@ -62,29 +64,24 @@ def plan(recipe: Recipe) -> list[Planned]:
             share = coverage(model, [w.name for w in weights(model)]).share
         elif isinstance(stage, Quantize):
             entry = backends.entry(stage.backend)
-            found = {
-                w: entry.traits["stores"](w, bits=stage.bits, group_size=stage.group_size) for w in weights(model)
-            }
             if "dtype" in stage.options:
                 model.to(getattr(torch, stage.options["dtype"]))
-            bytes_now = _dense_bytes(model) - sum(w.nbytes for w, size in found.items() if not isinstance(size, str))
-            bytes_now += sum(size for size in found.values() if not isinstance(size, str))
-            reasons = {w.name: reason for w, reason in found.items() if isinstance(reason, str)}
-            covered = coverage(model, [w.name for w in found if w.name not in reasons], reasons)
+            foreseen = foresee(model, stage.backend, **stage.scheme(model), **stage.options)
+            covered, refused = foreseen.coverage, foreseen.refused
+            bytes_now = _dense_bytes(model) - foreseen.dense_bytes + foreseen.bytes
             share, experts = covered.share, covered.experts
             if trained is not None:
-                notes += [f"{REFUSED}{problem}" for problem in unrounded(trained, model, reasons)]
-            if "packing" in entry.traits:
-                try:
-                    entry.traits["packing"](model, bits=stage.bits, group_size=stage.group_size, **stage.options)
-                except CompressError as error:
-                    notes.append(f"{REFUSED}{error.what} ({error.where}); {error.next_step}")
+                notes += [f"{REFUSED}{problem}" for problem in unrounded(trained, model, foreseen.reasons)]
+            if refused is not None:
+                notes.append(f"{REFUSED}{refused.what} ({refused.where}); {refused.next_step}")
+            if foreseen.bits:
+                notes.append(f"bits a weight: {foreseen.bits:.2f}, scales included")
             notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]
             notes += [f"stays as it is: {len(names)} x {why}" for why, names in covered.skipped.items()]
             low = min(share, 1.0 if experts is None else experts)
             if low < stage.min_coverage:
                 left = "; ".join(
-                    f"{len(names)} x {why}" for why, names in covered.skipped.items() if why in reasons.values()
+                    f"{len(names)} x {why}" for why, names in covered.skipped.items() if why not in KEPT.values()
                 )
                 notes.append(f"{REFUSED}covers {low:.1%}, below min_coverage {stage.min_coverage:.0%}: {left}")
         elif named.kind == "export":
@@ -120,7 +117,7 @@ def _row(
 
 def _source_bytes(config: PreTrainedConfig, model: PreTrainedModel) -> float:
     total = _dense_bytes(model)
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "fp8":
+    if format_of(config) == "fp8":
         block = [w for w in weights(model) if w.kind not in KEPT]
         total += sum(w.shape[0] * w.shape[1] * FP8_BYTES - w.nbytes for w in block)
     return total

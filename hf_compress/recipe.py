@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from hf_compress.data import Data
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.evaluation import Evaluate
+from hf_compress.hub import Publish
 from hf_compress.source import ModelSource
 from hf_compress.stages import STAGES, Stage
 from hf_compress.stages.trained_grid import check_trained_grids
@@ -35,7 +36,8 @@ class Recipe:
     """A whole recipe.
 
     baseline: the stage whose result counts as the dense model, the one that is distilled from (`teacher_model:
-    dense`) and compared with; ``source``: the model as it came. license: of the result, for the card.
+    dense`) and compared with; ``source``: the model as it came. license: of the result, for the card. publish: where
+    the finished folder goes at the end.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Recipe:
     stages: list[NamedStage]
     data: Data | None = None
     evaluate: Evaluate | None = None
+    publish: Publish | None = None
     baseline: str = "source"
     seed: int = 0
     license: str | None = None
@@ -55,6 +58,7 @@ _SECTIONS = {
     "data": Data,
     "stages": list,
     "evaluate": Evaluate,
+    "publish": Publish,
     "baseline": str,
     "seed": int,
     "license": str,
@@ -152,7 +156,9 @@ def parse(raw: dict[str, Any]) -> Recipe:
             raise CompressError(f"stage name {name!r} is taken or not a plain word", where=f"stages[{index}].name")
         stages.append(NamedStage(name, kind, stage))
     built: dict[str, Any] = {
-        key: _build(_SECTIONS[key], raw[key], key) for key in ("model", "data", "evaluate") if raw.get(key) is not None
+        key: _build(_SECTIONS[key], raw[key], key)
+        for key in ("model", "data", "evaluate", "publish")
+        if raw.get(key) is not None
     }
     plain = {
         key: _typed(_SECTIONS[key], raw[key], key)
@@ -170,6 +176,8 @@ def parse(raw: dict[str, Any]) -> Recipe:
         )
     if recipe.evaluate is not None:
         recipe.evaluate.check()
+    if recipe.publish is not None:
+        recipe.publish.check()
     if recipe.data is None and (
         any(s.kind == "train" for s in stages) or (recipe.evaluate and "quality" in recipe.evaluate.metrics)
     ):
@@ -203,6 +211,8 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "missing":
+            raise CompressError(f"the key {first['loc'][-1]!r} is needed", where=where) from error
         place = ".".join([where, *(str(part) for part in first["loc"] if part in _words(value))])
         raise CompressError(f"{first['msg']} (got {first['input']!r})", where=place) from error
 

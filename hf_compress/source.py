@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.bnb_guard import disable_cpu_packing
+from hf_compress.dequantize import FORMATS, dequantized
 from hf_compress.errors import CompressError, require
 from hf_compress.families import expert_options
 
@@ -38,6 +40,10 @@ class ModelSource:
     device_map: str | None = field(default=None, metadata={"help": "passed to from_pretrained"})
     task: str | None = field(
         default=None, metadata={"help": "causal-lm or text-classification; inferred from the config when it says"}
+    )
+    dequantize: bool = field(
+        default=False,
+        metadata={"help": "read a quantized model as floating weights (FP8 block-scaled ones always are)"},
     )
     num_labels: int | None = field(default=None, metadata={"help": "labels of a new classification head"})
 
@@ -87,11 +93,44 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
             path, revision=source.revision or "main", trust_remote_code=False, **_gguf(source)
         )
     except OSError as error:
+        if isinstance(error.__cause__, GatedRepoError):
+            raise CompressError(
+                "the model is gated: its owner gives access to those who ask",
+                where=f"model.id {source.id!r}",
+                next_step="open its page on the Hub, ask for access, then log in as who asked: `hf auth login`",
+            ) from error
         raise CompressError(
             f"cannot read the model's config: {str(error).splitlines()[0]}",
             where=f"model.id {source.id!r}",
             next_step="check the id, the network, and that you are logged in if the repository is private",
         ) from error
+
+
+def format_of(config: PreTrainedConfig) -> str | None:
+    """What the weights are quantized with; None: floating."""
+    found = getattr(config, "quantization_config", None) or {}
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def require_floating(source: ModelSource, config: PreTrainedConfig) -> None:
+    """Raise a CompressError for a recipe's model that came quantized and is not to be dequantized, or cannot be."""
+    method = format_of(config)
+    before = "start from the model before it was quantized"
+    if method is None or source.gguf_file or method == "fp8":
+        return
+    if method not in FORMATS:
+        raise CompressError(
+            f"the model is quantized already ({method}), and only {', '.join(FORMATS)} can be dequantized here",
+            where="model",
+            next_step=before,
+        )
+    if not source.dequantize:
+        raise CompressError(
+            f"the model is quantized already ({method})",
+            where="model",
+            next_step=f"{before}, or set `model: {{dequantize: true}}` (what rounding lost stays lost)",
+        )
 
 
 def task_of(source: ModelSource, config: PreTrainedConfig) -> str:
@@ -135,8 +174,10 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
         _refuse_pickles(source)
         if source.num_labels is not None:
             options["num_labels"] = source.num_labels
-        if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "fp8":
+        if format_of(config) == "fp8":
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+        elif source.dequantize and format_of(config) == "compressed-tensors":
+            options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
         model = auto.from_pretrained(
             local_path(source.id),
             revision=source.revision or "main",
@@ -150,8 +191,26 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
         if source.gguf_file:  # the reader leaves the model marked as quantized, and save_pretrained would refuse it
             del model.config.quantization_config
             model.hf_quantizer, model.is_quantized = None, False
+        elif source.dequantize and format_of(config) is not None:
+            model = dequantized(model)
     disable_cpu_packing(model)
+    _let_it_be_saved(model)
     return model.eval(), load_tokenizer(source)
+
+
+def _let_it_be_saved(model: PreTrainedModel) -> None:
+    """Forget how packed tensors were put together while reading: transformers cannot take bitsandbytes' and torchao's
+    apart again by these rules (save_pretrained stops at them), and does not need to."""
+
+    def reversible(conversion: Any) -> bool:
+        try:
+            conversion.reverse_transform()
+        except NotImplementedError:
+            return False
+        return True
+
+    if model.__dict__.get("_weight_conversions"):
+        model.__dict__["_weight_conversions"] = [c for c in model.__dict__["_weight_conversions"] if reversible(c)]
 
 
 def _refuse_pickles(source: ModelSource) -> None:

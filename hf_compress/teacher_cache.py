@@ -65,7 +65,11 @@ def cache_teacher(
         )
     model, _ = load_model(source)
     if kind_of(model) != "causal":
-        raise CompressError("only causal language models have a cache", where="cache-teacher")
+        raise CompressError(
+            "only causal language models have a cache",
+            where="cache-teacher",
+            next_step="train with the teacher in memory: distill.teacher_model",
+        )
     files = weight_files(source)
     vocabulary = int(model.config.get_text_config().vocab_size)
     shards = -(-len(rows) // ROWS)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from hf_compress.bnb_guard import disable_cpu_packing
 from hf_compress.errors import CompressError
 from hf_compress.heads import count as count_items
 from hf_compress.heads import head_of, targets
@@ -68,6 +69,7 @@ class CompressionTrainer(PublishingTrainer):
                 next_step="train on one device or with plain DDP (torchrun), without label smoothing",
             )
         check_arguments(args)
+        disable_cpu_packing(model)
         kinds = [type(t).__name__ for t in techniques]
         twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         if twice:
@@ -119,6 +121,13 @@ class CompressionTrainer(PublishingTrainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count.clamp_min(1)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Tensor | int | None]:
+        given, items = super().get_batch_samples(*args)
+        batches = given
+        for technique in self.techniques:
+            batches = technique.batches(self, batches)
+        return batches, items if batches is given else self._get_num_items_in_batch(batches, self.args.device)
 
     def compute_loss(
         self,

@@ -169,8 +169,7 @@ def push_step(trainer: PublishingTrainer, checkpoint: Path) -> PushInProgress:
     step.mkdir(parents=True)
     for pattern in ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"):
         for file in checkpoint.glob(pattern):
-            if file.name != "trainer_state.json":
-                shutil.copyfile(file, step / file.name)
+            shutil.copyfile(file, step / file.name)
     repo = trainer.hub_model_id
     assert repo is not None
     facts = trainer_facts(trainer, step, name=repo.split("/")[-1], in_progress=True)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.errors import CompressError
 from hf_compress.files import sha256
-from hf_compress.weights import weights
+from hf_compress.weights import is_packed, weights
 
 EXPECTATION = "verify/expectation.safetensors"
 HASHES = "verify/SHA256SUMS"
@@ -36,7 +36,7 @@ def write_expectation(model: PreTrainedModel, folder: Path) -> None:
         logits = model.eval()(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
     tensors = {"input_ids": ids, "attention_mask": mask, "logits": logits.float().cpu().contiguous()}
     for parameter, whole in {w.parameter: w.whole for w in weights(model)}.items():
-        zeros = int((whole == 0).sum()) if whole.is_floating_point() else 0
+        zeros = 0 if is_packed(whole) else int((whole == 0).sum())
         if zeros > 0.01 * whole.numel():
             tensors[f"zeros.{parameter}"] = torch.tensor(zeros)
     (folder / EXPECTATION).parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +86,17 @@ def changed_files(folder: Path) -> list[str]:
     return wrong + [f"{name} was not there when it was saved" for name in sorted(added)]
 
 
+def require_unchanged(*folders: str | Path) -> None:
+    """Raise a CompressError naming every file that `changed_files` finds."""
+    changed = [f"{folder}: {problem}" for folder in folders for problem in changed_files(Path(folder))]
+    if changed:
+        raise CompressError(
+            "files are not as they were saved",
+            where="; ".join(changed),
+            next_step="copy or download the folder again; if you changed it on purpose, make it again",
+        )
+
+
 def _probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, (2, 16); the second row ends in padding."""
     ids = torch.randint(5, vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -112,13 +123,7 @@ def verify(*folders: str | Path, tolerance: float = TOLERANCE) -> dict[str, dict
                     where=str(folder),
                     next_step="verify takes what `hf-compress run`, compress() or quantize() wrote",
                 )
-    changed = [f"{folder}: {problem}" for folder in folders for problem in changed_files(Path(folder))]
-    if changed:
-        raise CompressError(
-            "files are not as they were saved",
-            where="; ".join(changed),
-            next_step="copy or download the folder again; if you changed it on purpose, make it again",
-        )
+    require_unchanged(*folders)
     done = subprocess.run(
         [sys.executable, "-P", str(_CHILD), str(tolerance), *map(str, folders)], capture_output=True, text=True
     )

@@ -63,7 +63,7 @@ class Weight:
         Raises:
             CompressError: the values are packed by a quantizer.
         """
-        if not self.whole.is_floating_point():
+        if is_packed(self.whole):
             raise CompressError(
                 "this weight is packed by a quantizer and has no matrix to change",
                 where=self.name,
@@ -80,6 +80,11 @@ class Weight:
     @property
     def nbytes(self) -> int:
         return self.shape[0] * self.shape[1] * self.whole.element_size()
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a quantizer holds it: codes, or torchao's classes, which call themselves floating."""
+    return not tensor.is_floating_point() or type(tensor.data).__module__.startswith("torchao.")
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:

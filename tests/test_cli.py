@@ -20,7 +20,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "--help") == 0
     said = capsys.readouterr().out
-    commands = ("run", "plan", "evaluate", "verify", "card", "publish", "cache-teacher", "list")
+    commands = ("run", "plan", "evaluate", "verify", "card", "publish", "compare", "cache-teacher", "list")
     assert [word for word in commands if f"│ {word} " not in said] == []
 
 
@@ -32,6 +32,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("criteria", "[H^-1]_jj"),
         ("prune", "budget"),
         ("data", "completion_only"),
+        ("publish", "create_pr"),
         ("train", "extra_data"),
         ("stages", "shrink"),
         ("recipes", "quickstart"),

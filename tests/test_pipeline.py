@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,7 +23,7 @@ from hf_compress.pipeline import compress, measure_again
 from hf_compress.planning import plan
 from hf_compress.recipe import load, parse, shipped
 from hf_compress.stages import Train
-from hf_compress.stages.train import _last_whole_checkpoint
+from hf_compress.stages.train import _last_whole_checkpoint, _logged_every
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.trainer import CompressionTrainer
 from tests.models import CONFIGS, tiny
@@ -108,6 +109,22 @@ def test_classifier_from_recipe_to_card(classifier: dict[str, Any], tmp_path: Pa
         compress(parse(classifier), tmp_path / "out")
 
 
+def test_blocks_first_then_answers(classifier: dict[str, Any], tmp_path: Path) -> None:
+    """As README shows it: two stages, the first without labels and without the teacher's answers."""
+    blocks = {"teacher_model": "dense", "weight": 0, "features": {"relations": 1, "hidden_cosine": 1}}
+    args = ARGS | {"logging_steps": 1}
+    first = {"distill": blocks | {"layer_map": "record"}, "task_weight": 0, "args": args}
+    second = {"distill": {"teacher_model": "dense"}, "args": dict(args)}
+    classifier["stages"][2:] = [{"train": first}, {"train": second}]
+    classifier["evaluate"] = {"metrics": ["size"]}
+    result = compress(parse(classifier), tmp_path / "out")
+    logs = [stage["facts"]["log"][-1] for stage in result.facts["stages"][2:]]
+    assert logs[0]["loss_relations"] > 0
+    assert logs[0]["loss_task"] == 0
+    assert "loss_distill" not in logs[0]
+    assert logs[1]["loss_distill"] > 0
+
+
 def test_a_record_of_layers_needs_a_shrink_stage(decoder: dict[str, Any], tmp_path: Path) -> None:
     decoder["stages"][1]["train"]["distill"] |= {"layer_map": "record", "features": {"cka": 1.0}}
     with pytest.raises(CompressError, match="no shrink stage"):
@@ -121,6 +138,8 @@ def test_decoder_keeps_its_zeros_and_covers_its_experts(decoder: dict[str, Any],
     assert prune["facts"]["mean_sparsity"] == 0.5
     assert recover["facts"]["techniques"]["Pruning"]["sparsity"] == 0.5
     assert facts["evaluation"]["artefacts"]["root"]["perplexity"]["tokens"] > 0
+    assert [entry["step"] for entry in recover["facts"]["log"]] == [1, 2, 3, 4]
+    assert "![Loss and its terms" in (tmp_path / "out" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         model(torch.tensor([[3, 4, 5]]))
@@ -250,6 +269,20 @@ def test_what_was_done_stands_in_the_card(decoder: dict[str, Any], tmp_path: Pat
     assert "interleaved" not in card
 
 
+@pytest.mark.parametrize(
+    ("args", "steps"),
+    [
+        ({"max_steps": 12}, 1),
+        ({"max_steps": 200}, 10),
+        ({"max_steps": 1000}, 20),
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 4),  # of 80
+    ],
+)
+def test_every_run_has_a_loss_curve(args: dict[str, Any], steps: int, tmp_path: Path) -> None:
+    arguments = Train(args=args)._arguments(str(tmp_path), 0)
+    assert _logged_every(arguments, Dataset.from_dict({"x": range(320)})) == steps
+
+
 def test_lora_on_some_modules_covers_some(decoder: dict[str, Any], tmp_path: Path) -> None:
     tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path / "model")
     decoder["stages"] = [{"train": {"lora": {"r": 4, "target_modules": ["q_proj"]}, "args": dict(ARGS)}}]
@@ -370,7 +403,7 @@ def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("stages/2/quantize/method", "gptqq", "no solver 'gptqq'"),
         ("stages/2/quantize/solver_options", {"damping": 1}, r"rtn has no option[\s\S]*quantize.solver_options"),
         ("stages/0/prune/solver_options", {"stepz": 1}, r"did you mean 'steps'|has no option 'stepz'"),
-        ("stages/2/quantize", {"backend": "bitsandbytes", "streaming": True}, "grids of its own"),
+        ("stages/2/quantize", {"backend": "bitsandbytes", "streaming": True}, "rounds the whole model at once"),
         ("stages/2/quantize/backend", "bitsandbites", r"unknown backend[\s\S]*did you mean 'bitsandbytes'"),
         ("stages/2/quantize/options", {"dtype": "float16"}, "no option 'dtype'"),
         ("stages/2", {"quantise": {}}, r"unknown stage 'quantise'[\s\S]*did you mean 'quantize'"),

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.coverage import Coverage
+from hf_compress.coverage import Coverage, coverage
 from hf_compress.errors import CompressError
 from hf_compress.registry import Registry
 from hf_compress.verification import write_expectation, write_hashes
+from hf_compress.weights import weights
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,52 @@ Backend = Callable[..., Written]
 
 Traits, shown by `plan` and the card: disk, memory, speed, experts, serves, needs (sentences). Functions:
 ``check(*, bits, group_size, **options)`` raises for what the container does not have, before any model is read;
-``stores(weight, *, bits, group_size)``: bytes on disk as a float, or the reason (str) why this weight stays as it is;
+``stores(weight, *, bits, group_size, **options)``: bytes on disk as a float, or the reason (str) why this weight stays
+as it is;
 ``grid(*, bits, group_size, **options)``: the `Grid` that it stores, for solvers and QAT to round to;
 ``packing(model, *, bits, group_size, **options)``, where weights can be packed one by one, at scales that a solver or
 QAT chose: an `oneshot.Container`.
+Where weights can differ, all but `grid` take `grids` too: weight name -> its own `Grid`.
 """
 
 backends: Registry[Backend] = Registry("backend", __name__)
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a container makes of a model's block matrices, known before any weight is read.
+
+    bytes: on disk. dense_bytes: of the same matrices now. reasons: weight -> why it stays as it is. refused: why it
+    would not be written, None where it would. bits: of a weight that it packs, scales included, 0 where there is none.
+    """
+
+    bytes: float
+    dense_bytes: float
+    coverage: Coverage
+    reasons: dict[str, str]
+    bits: float
+    refused: CompressError | None = None
+
+
+def foresee(
+    model: PreTrainedModel, backend: str, *, bits: int, group_size: int | None = None, **options: Any
+) -> Foreseen:
+    """From names and shapes alone, so `model` may be on the meta device."""
+    traits, scheme = backends.entry(backend).traits, {"bits": bits, "group_size": group_size} | options
+    found = {w: traits["stores"](w, **scheme) for w in weights(model)}
+    reasons = {w.name: size for w, size in found.items() if isinstance(size, str)}
+    covered = coverage(model, [w.name for w in found if w.name not in reasons], reasons)
+    refused = None
+    try:
+        traits["check"](**scheme)
+        if "packing" in traits:
+            traits["packing"](model, **scheme)
+    except CompressError as error:
+        refused = error
+    sizes = [w.nbytes if isinstance(size, str) else size for w, size in found.items()]
+    packed = [(size, w.shape[0] * w.shape[1]) for w, size in found.items() if not isinstance(size, str)]
+    average = 8 * sum(size for size, _ in packed) / sum(count for _, count in packed) if packed else 0.0
+    return Foreseen(float(sum(sizes)), float(sum(w.nbytes for w in found)), covered, reasons, average, refused)
 
 
 def quantize(

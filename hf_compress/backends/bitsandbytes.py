@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.backends import Written, backends
-from hf_compress.bnb_guard import BLOCK, disable_cpu_packing, unfit
+from hf_compress.bnb_guard import BLOCK, ROWS, disable_cpu_packing, unfit
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
-from hf_compress.grids import Grid
+from hf_compress.grids import Grid, codes, from_codes
 from hf_compress.weights import Weight, weights
 
 
-def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float | str:
+def stores(
+    weight: Weight, *, bits: int, group_size: int | None = None, double_quant: bool = False, **options: Any
+) -> float | str:
     """Bytes on disk, or why bitsandbytes leaves this weight as it is."""
     out, width = weight.shape
     if weight.kind == "expert":
         return "stacked experts are not nn.Linear, the only thing bitsandbytes replaces"
     if why := unfit(weight.module_name, width, bits=bits):
         return why
-    return out * width + 4 * out if bits == 8 else out * width / 2 + 4 * out * width / BLOCK
-
-
-def grid(*, bits: int, group_size: int | None = None, quant_type: str = "nf4", **options: Any) -> Grid:
-    """The points this container stores; it finds each scale again as the largest magnitude of its group."""
-    return Grid(8, pinned=True) if bits == 8 else Grid(bits, BLOCK, quant_type, pinned=True)
+    if bits == 4 and out % ROWS:
+        return f"{out} rows are no multiple of {ROWS}: plain bitsandbytes stops at them on a CPU with AVX512-BF16"
+    if bits == 8:
+        return float(out * width + 4 * out)
+    blocks = out * width / BLOCK  # a scale each; double_quant: in one byte, with an fp32 scale for 256 of them
+    return out * width / 2 + (blocks + 4 * ceil(blocks / 256) if double_quant else 4 * blocks)
 
 
 def check(*, bits: int, group_size: int | None = None, quant_type: str = "nf4", **options: Any) -> None:
@@ -45,6 +50,41 @@ def check(*, bits: int, group_size: int | None = None, quant_type: str = "nf4", 
         )
     if quant_type not in ("nf4", "fp4"):
         raise CompressError(f"unknown 4-bit grid {quant_type!r}", where="options.quant_type", next_step="nf4 or fp4")
+
+
+def grid(
+    *,
+    bits: int,
+    group_size: int | None = None,
+    dtype: str | None = None,
+    quant_type: str = "nf4",
+    double_quant: bool = False,
+) -> Grid:
+    """The points that bitsandbytes stores, for a solver to round to: it finds every scale again as max |w|, and makes
+    of it what `settle` says: fp16 for int8 rows; for 4 bits rounded to `dtype`, and with double_quant to 8 bits in
+    blocks of 256 around the matrix's mean."""
+
+    def settle(scale: Tensor) -> Tensor:
+        if bits == 8:
+            return ((scale.float() * 127).half().float() / 127).to(scale.dtype)
+        found = scale.to(getattr(torch, dtype)).float() if dtype else scale.float()
+        return (_doubly_quantized(found) if double_quant else found).to(torch.float32 if double_quant else scale.dtype)
+
+    return (
+        Grid(8, None, "int", pinned=True, settle=settle)
+        if bits == 8
+        else Grid(4, BLOCK, quant_type, pinned=True, settle=settle)
+    )
+
+
+def _doubly_quantized(absmax: Tensor) -> Tensor:
+    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+    flat = absmax.flatten()
+    offset = flat.mean()
+    packed, state = quantize_blockwise(flat - offset, blocksize=256)
+    found: Tensor = dequantize_blockwise(packed, state) + offset
+    return found.view_as(absmax)
 
 
 @backends.register(
@@ -71,16 +111,19 @@ def bitsandbytes(
     dtype: str | None = None,
     quant_type: str = "nf4",
     double_quant: bool = False,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> Written:
     """Write `model` with its block matrices in `bits` (8, or 4) into `folder`.
 
     dtype: of everything else (embeddings, norms, heads), the model's own when None; quant_type: nf4 or fp4.
+    scales: weight name -> (out, groups), where a solver rounded to `grid`: bitsandbytes then stores its very codes.
     Saved before any forward, because a forward may repack 4-bit weights in place.
 
     Raises:
-        CompressError: bits or group size bitsandbytes does not have.
+        CompressError: bits or group size bitsandbytes does not have; codes that are not those of the solver.
     """
     check(bits=bits, group_size=group_size, quant_type=quant_type)
+    points = grid(bits=bits, dtype=dtype, quant_type=quant_type, double_quant=double_quant)
     reasons = {w.name: str(reason) for w in weights(model) if isinstance(reason := stores(w, bits=bits), str)}
     keep = sorted({w.module_name for w in weights(model) if w.name in reasons and w.kind != "expert"} | _heads(model))
     options: dict[str, Any] = (
@@ -94,13 +137,15 @@ def bitsandbytes(
         }
     )
     with tempfile.TemporaryDirectory(dir=folder.parent) as dense:
-        model.save_pretrained(dense)
+        with _as_encoded(model, scales or {}, points):
+            model.save_pretrained(dense)
         packed = type(model).from_pretrained(
             dense,
             quantization_config=BitsAndBytesConfig(llm_int8_skip_modules=keep, **options),
             dtype=getattr(torch, dtype) if dtype else model.dtype,
         )
     disable_cpu_packing(packed)
+    _check_codes(packed, model, scales or {}, points)
     packed.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -110,6 +155,45 @@ def bitsandbytes(
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
     }
     return Written(packed.eval(), coverage(model, [w.name for w in weights(model) if w.module_name in done], reasons))
+
+
+@contextmanager
+def _as_encoded(model: PreTrainedModel, scales: Mapping[str, Tensor], points: Grid) -> Iterator[None]:
+    """Inside, weights that a solver rounded hold level * scale as bitsandbytes is to find it; outside, level * what it
+    makes of the scale. It encodes by the one and decodes by the other."""
+    chosen = [(w, scales[w.name]) for w in weights(model) if w.name in scales]
+    levels = [codes(w.matrix, points.stored(scale), points) for w, scale in chosen]
+    kept = [w.matrix.clone() for w, _ in chosen]
+    try:
+        for (weight, scale), level in zip(chosen, levels, strict=True):
+            weight.matrix.copy_(from_codes(level, scale))
+        yield
+    finally:
+        for (weight, _), before in zip(chosen, kept, strict=True):
+            weight.matrix.copy_(before)
+
+
+def _check_codes(packed: PreTrainedModel, model: PreTrainedModel, scales: Mapping[str, Tensor], points: Grid) -> None:
+    """Raise unless what is stored decodes to what the solver chose."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for weight in weights(model):
+        if weight.name not in scales:
+            continue
+        layer: Any = packed.get_submodule(weight.module_name)
+        found = (
+            layer.weight.data.float() * layer.weight.SCB[:, None] / 127
+            if points.bits == 8
+            else dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        )
+        wanted = weight.matrix.float()
+        off = float((found.float() - wanted).abs().max() / wanted.abs().max())
+        if off > 0.01:  # half a step is at least three times that; rounding to 16 bits less than half of it
+            raise CompressError(
+                f"the stored weight differs from the one that was chosen by {off:.1%} of its largest value",
+                where=weight.name,
+                next_step="report the versions of torch and bitsandbytes",
+            )
 
 
 def _heads(model: PreTrainedModel) -> set[str]:

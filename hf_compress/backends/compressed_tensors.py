@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,18 @@ from hf_compress.grids import scales as find_scales
 from hf_compress.weights import Weight, stored_scales, weights
 
 
-def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float | str:
+def stores(
+    weight: Weight,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    grids: Mapping[str, Grid] | None = None,
+    **options: Any,
+) -> float | str:
     """Bytes on disk (codes packed into int32, one scale a group in the weight's dtype), or why it stays as it is."""
     out, width = weight.shape
+    own = (grids or {}).get(weight.name, Grid(bits, group_size))
+    bits, group_size = own.bits, own.group_size
     if weight.transposed:
         return "Conv1D is not nn.Linear, the only thing compressed-tensors packs"
     if group_size is not None and width % group_size:
@@ -37,10 +47,25 @@ def grid(*, bits: int, group_size: int | None = None, activations: int | None = 
     return Grid(bits, group_size)
 
 
-def check(*, bits: int, group_size: int | None = None, activations: int | None = None) -> None:
+def check(
+    *,
+    bits: int,
+    group_size: int | None = None,
+    activations: int | None = None,
+    grids: Mapping[str, Grid] | None = None,
+) -> None:
     """Raise a CompressError for what this container does not have, whatever the model."""
-    if not 2 <= bits <= 8:
-        raise CompressError(f"this container stores 2 to 8 bits, not {bits}", where="bits")
+    for name, each in {"bits": Grid(bits, group_size), **(grids or {})}.items():
+        if not 2 <= each.bits <= 8:
+            raise CompressError(f"this container stores 2 to 8 bits, not {each.bits}", where=name)
+        if each.group_size is not None and each.group_size < 1:
+            raise CompressError(f"group size {each.group_size} is not positive", where=name)
+    if activations is not None and grids:
+        raise CompressError(
+            "activations are rounded where all weights have 8 bits",
+            where="options.activations",
+            next_step="leave activations out, or give no weight bits of its own",
+        )
     if activations is not None and (activations, bits, group_size) != (8, 8, None):
         raise CompressError(
             f"activations in {activations} bits need 8, with 8-bit weights and no group size",
@@ -53,18 +78,26 @@ class Packing:
     """How a folder stores the block matrices of `model` (only its names and shapes are read, so it may be on the meta
     device).
 
-    reasons: weight -> why it stays as it is. quantization_config: what config.json says of it.
+    grids: weight name -> its own grid, where it has one. reasons: weight -> why it stays as it is.
+    quantization_config: what config.json says of it.
 
     Raises:
         CompressError: bits below 2 or above 8; Conv1D; with experts, a group size that does not divide every matrix
-        (all experts must be packed); 8-bit activations with 4-bit weights, groups or experts.
+        (all experts must be packed), or routed experts on more than one grid; 8-bit activations with 4-bit weights,
+        groups or experts.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, bits: int, group_size: int | None = None, activations: int | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        bits: int,
+        group_size: int | None = None,
+        activations: int | None = None,
+        grids: Mapping[str, Grid] | None = None,
     ) -> None:
         experts, found = family_of(model.config).experts, weights(model)
-        check(bits=bits, group_size=group_size, activations=activations)
+        check(bits=bits, group_size=group_size, activations=activations, grids=grids)
         if any(w.transposed for w in found):
             raise CompressError(
                 "compressed-tensors packs nn.Linear, and this model's matrices are Conv1D",
@@ -77,10 +110,9 @@ class Packing:
                 where="quantize.options.activations",
                 next_step="leave activations out: weights in 2 to 8 bits cover the experts",
             )
-        self.grid, self.activations = grid(bits=bits, group_size=group_size), activations
-        self.reasons = {
-            w.name: reason for w in found if isinstance(reason := stores(w, bits=bits, group_size=group_size), str)
-        }
+        self.activations = activations
+        stored = {w.name: stores(w, bits=bits, group_size=group_size, grids=grids) for w in found}
+        self.reasons = {name: reason for name, reason in stored.items() if isinstance(reason, str)}
         if self.reasons and experts is not None:
             name, reason = next(iter(self.reasons.items()))
             raise CompressError(
@@ -88,11 +120,27 @@ class Packing:
                 where=name,
                 next_step=f"group sizes that divide all inputs: {_dividing(found)}",
             )
-        self._packed = {key for w in found if w.name not in self.reasons for key in w.stored}
+        own = {w.name: (grids or {}).get(w.name, grid(bits=bits, group_size=group_size)) for w in found}
+        self._packed = {key: own[w.name] for w in found if w.name not in self.reasons for key in w.stored}
+        routed = [own[w.name] for w in found if w.kind == "expert"]
+        if len(set(routed)) > 1:
+            raise CompressError(
+                "routed experts have more than one number of bits or group size, and transformers opens all of them "
+                "with one",
+                where=next(w.name for w in found if w.kind == "expert" and own[w.name] != routed[0]),
+                next_step='one override for all of them, such as "experts": {bits: 4}',
+            )
         linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        self.quantization_config = self._describe(
-            sorted(linears - {key.removesuffix(".weight") for key in self._packed})
-        )
+        ignored = sorted(linears - {key.removesuffix(".weight") for key in self._packed})
+        targets: dict[Grid, list[str]] = {}
+        if experts is not None and self._packed:
+            targets[routed[0]] = [f"re:.*{re.escape(experts.module)}.*"]
+        for key, points in self._packed.items():
+            if (module := key.removesuffix(".weight")) in linears:
+                targets.setdefault(points, []).append(module)
+        if len(targets) < 2:
+            targets = {points: ["Linear"] for points in targets or [grid(bits=bits, group_size=group_size)]}
+        self.quantization_config = self._describe(ignored, targets)
 
     def encode(self, key: str, tensor: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         """What is stored for one tensor of a plain checkpoint: itself, or codes and scales named after it.
@@ -104,19 +152,20 @@ class Packing:
 
         if key not in self._packed:
             return {key: tensor}
+        points = self._packed[key]
         try:
-            scale = find_scales(tensor, self.grid) if scale is None else scale.to(tensor.dtype)
+            scale = find_scales(tensor, points) if scale is None else scale.to(tensor.dtype)
         except CompressError as error:
             raise CompressError(error.what, where=key, next_step=error.next_step) from error
-        rounded = codes(tensor, scale, self.grid).to(torch.int8)
+        rounded = codes(tensor, scale, points).to(torch.int8)
         stored = {f"{key}_scale": scale.contiguous()}
         if self.activations is not None:
             stored[key] = rounded
         else:
-            stored[f"{key}_packed"] = pack_to_int32(rounded, self.grid.bits)
+            stored[f"{key}_packed"] = pack_to_int32(rounded, points.bits)
             stored[f"{key}_shape"] = torch.tensor(tensor.shape)
         back = self.decode(key, stored.__getitem__)  # what a reader will see, compared while the truth is at hand
-        steps = self.grid.groups((back.float() - tensor.float()).abs()) / scale.float().abs()[..., None]
+        steps = points.groups((back.float() - tensor.float()).abs()) / scale.float().abs()[..., None]
         if steps.max() > (0.501 if tensor.dtype == torch.float32 else 1.01):  # 16 bits round scale and product too
             raise CompressError(
                 f"the packed weight is off by {float(steps.max()):.2f} steps, more than rounding explains",
@@ -138,22 +187,32 @@ class Packing:
             rounded = stored(key)
         else:
             shape = torch.Size(stored(f"{key}_shape").tolist())
-            rounded = unpack_from_int32(stored(f"{key}_packed"), self.grid.bits, shape)
+            rounded = unpack_from_int32(stored(f"{key}_packed"), self._packed[key].bits, shape)
         return from_codes(rounded, scale)
 
-    def _describe(self, ignored: list[str]) -> dict[str, Any]:
-        size = self.grid.group_size
-        weight = _numbers(self.grid.bits, dynamic=False) | (
-            {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
-        )
+    def _describe(self, ignored: list[str], targets: dict[Grid, list[str]]) -> dict[str, Any]:
+        """One group of config.json for each grid: the layers it holds for by their full names, routed experts, which
+        are no layers once they are opened, by an expression. A class beside names would be right too, but
+        compressed-tensors then warns of every name."""
         inputs = None if self.activations is None else _numbers(8, dynamic=True) | {"strategy": "token"}
-        group = {"targets": ["Linear"], "weights": weight, "input_activations": inputs, "output_activations": None}
+        groups = {}
+        for number, (points, names) in enumerate(targets.items()):
+            size = points.group_size
+            weight = _numbers(points.bits, dynamic=False) | (
+                {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+            )
+            groups[f"group_{number}"] = {
+                "targets": names,
+                "weights": weight,
+                "input_activations": inputs,
+                "output_activations": None,
+            }
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized" if inputs is None else "int-quantized",
             "quantization_status": "compressed",
             "ignore": ignored,
-            "config_groups": {"group_0": group},
+            "config_groups": groups,
         }
 
 
@@ -190,10 +249,11 @@ def compressed_tensors(
     bits: int,
     group_size: int | None = None,
     activations: int | None = None,
+    grids: Mapping[str, Grid] | None = None,
     scales: Mapping[str, Tensor] | None = None,
 ) -> Written:
     """Write `model` with every block matrix as symmetric integers of `bits`, a scale for each `group_size`
-    inputs (None: each row).
+    inputs (None: each row); of those in `grids`, by weight name, as their grid says.
 
     The values of `fake_quantize` at the absmax scale, so a model that was trained with `QAT` on the same grid is
     stored without change (8 bits in 16-bit dtypes: almost, see `grids.scales`). activations: 8 rounds the inputs of
@@ -203,7 +263,7 @@ def compressed_tensors(
     Raises:
         CompressError: as `Packing`.
     """
-    packing = Packing(model, bits=bits, group_size=group_size, activations=activations)
+    packing = Packing(model, bits=bits, group_size=group_size, activations=activations, grids=grids)
     chosen = stored_scales(model, scales or {})
     model.save_pretrained(folder)
     if tokenizer is not None:
@@ -228,9 +288,9 @@ def compressed_tensors(
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     again = type(model).from_pretrained(folder, **expert_options(model.config))
     packed = [w.name for w in weights(model) if w.name not in packing.reasons]
-    notes = (
-        []
-        if activations is None
-        else ["activations are rounded to int8 wherever the folder is run, accuracy included"]
-    )
+    notes = []
+    if activations is not None:
+        notes.append("activations are rounded to int8 wherever the folder is run, accuracy included")
+    if len(packing.quantization_config["config_groups"]) > 1:
+        notes.append("open it without dequantize=True, which reads every layer with the bits of one")
     return Written(again.eval(), coverage(model, packed, packing.reasons), notes)

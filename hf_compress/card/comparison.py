@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 LABELS = {
@@ -12,17 +13,18 @@ LABELS = {
 }
 
 
-def comparison(evaluation: dict[str, Any] | None) -> list[list[str]]:
-    """Rows of the before/after table, the header first; [] without an evaluation."""
+def comparison(evaluation: dict[str, Any] | None, labels: Mapping[str, str] = LABELS) -> list[list[str]]:
+    """Rows of the before/after table, the header first; [] without an evaluation. labels: artefact -> its column, in
+    order."""
     if evaluation is None:
         return []
     found: dict[str, dict[str, Any]] = evaluation["artefacts"]
-    names = [name for name in LABELS if name in found]
-    rows = [["", *(LABELS[name] for name in names)]]
+    names = [name for name in labels if name in found]
+    rows = [["", *(labels[name] for name in names)]]
 
     def row(label: str, value: Any) -> None:
         cells = [value(found[name], name) for name in names]
-        if any(cells):
+        if any(cell for cell, name in zip(cells, names, strict=True) if name != "dense"):
             rows.append([label, *(cell or "-" for cell in cells)])
 
     dense = found["dense"]
@@ -38,14 +40,21 @@ def comparison(evaluation: dict[str, Any] | None) -> list[list[str]]:
     for size in dense.get("latency", {}):
         row(
             f"batch {size}, p50 / p95",
-            lambda a, n, s=size: "{median:.2f} / {p95:.2f} ms".format(**a["latency"][s]["wall_ms"]),
+            lambda a, n, s=size: (
+                s in a.get("latency", {}) and "{median:.2f} / {p95:.2f} ms".format(**a["latency"][s]["wall_ms"])
+            ),
         )
-        row(f"batch {size}, rows / s", lambda a, n, s=size: f"{a['latency'][s]['rows_per_second']:.0f}")
+        row(
+            f"batch {size}, rows / s",
+            lambda a, n, s=size: s in a.get("latency", {}) and f"{a['latency'][s]['rows_per_second']:.0f}",
+        )
         for clock in ("wall", "cpu"):
             row(
                 f"batch {size}, faster ({clock})",
                 lambda a, n, s=size, c=clock: (
-                    n != "dense" and "{median:.2f}x ({low:.2f}-{high:.2f})".format(**a["latency"][s][f"speedup_{c}"])
+                    n != "dense"
+                    and s in a.get("latency", {})
+                    and "{median:.2f}x ({low:.2f}, {high:.2f})".format(**a["latency"][s][f"speedup_{c}"])
                 ),
             )
     row("accuracy", lambda a, n: "accuracy" in a and f"{a['accuracy']['value']:.2%}")

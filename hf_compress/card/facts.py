@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_compress.files import write_whole
 FACTS = "hf_compress.json"
 _FOLDERS = re.compile(r"(?<![\w:/.~-])(?:(?:\.\.?|~)?/)+(?:[\w.@+~-]+/)*(?=[\w.@+~-])")  # absolute, or from ../ or ~/
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "compressed-tensors")
+EXTRAS = ("torchao", "onnxruntime")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -39,7 +41,8 @@ def save_facts(facts: dict[str, Any], path: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Of hf_compress and the libraries that decide what comes out."""
-    return {"hf_compress": hf_compress.__version__} | {name: version(name) for name in LIBRARIES}
+    found = (*LIBRARIES, *(name for name in EXTRAS if find_spec(name)))
+    return {"hf_compress": hf_compress.__version__} | {name: version(name) for name in found}
 
 
 def without_folders(facts: Any) -> Any:

@@ -9,9 +9,8 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from hf_compress.card.escape import one_line
+from hf_compress.card.escape import HUB_ID, one_line
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PIPELINES = {"causal-lm": "text-generation", "text-classification": "text-classification"}
 METRICS = ("accuracy", "perplexity")
 

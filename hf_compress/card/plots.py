@@ -79,7 +79,8 @@ def _draw_losses(axes: Axes, stage: tuple[str, list[dict[str, float]]]) -> None:
     keys = sorted({k for entry in log for k in entry if k in ("loss", "eval_loss") or k.startswith("loss_")})
     for key in keys:
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
-        if any(value for _, value in points):  # a term of weight zero is no curve
+        same = key.startswith("loss_") and all(entry.get("loss") == entry[key] for entry in log if key in entry)
+        if any(value for _, value in points) and not same:  # a term of weight zero, or the only one, is no curve
             style = "k-" if key == "loss" else "o--" if key == "eval_loss" else "--"
             axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "), ms=3, linewidth=1.2)
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None), title=_plain(name))
@@ -98,6 +99,8 @@ def _has_tradeoff(facts: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, 
 
 def _draw_tradeoff(axes: Axes, row: tuple[str, dict[str, dict[str, Any]]]) -> None:
     """Each variant with the interval of its paired difference to the dense model."""
+    from matplotlib.ticker import PercentFormatter
+
     metric, points = row
     dense = points["dense"][metric]["value"]
     for name, artefact in points.items():
@@ -108,6 +111,9 @@ def _draw_tradeoff(axes: Axes, row: tuple[str, dict[str, dict[str, Any]]]) -> No
         spread = [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]] if ends else None
         axes.errorbar(artefact["bytes"] / 1e6, value, yerr=spread, fmt="o", capsize=3, label=LABELS[name])
     axes.set(xlabel="weights on disk, MB", ylabel=metric, xlim=(0, None))
+    axes.set_title("bars: 95% interval of the paired difference to dense", fontsize=8)
+    if metric == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axes.legend(frameon=False, fontsize=8)
 
 

@@ -14,9 +14,9 @@ import yaml
 
 from hf_compress.card.citations import bibtex
 from hf_compress.card.comparison import comparison
-from hf_compress.card.escape import code, fence_for, one_line, text
+from hf_compress.card.escape import HUB_ID, cell, code, fence_for, hub_link, one_line, text
 from hf_compress.card.facts import without_folders
-from hf_compress.card.metadata import HUB_ID, METRICS, metadata, root_of
+from hf_compress.card.metadata import METRICS, metadata, root_of
 from hf_compress.card.snippets import snippets
 
 HERE = "."  # the place that snippets load from while the model is not on the Hub
@@ -34,13 +34,21 @@ def render_card(facts: dict[str, Any], *, repo: str | None = None, plots: Collec
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters |= {"text": text, "code": code, "line": one_line, "url": quote}
+    environment.filters |= {
+        "text": text,
+        "cell": cell,
+        "code": code,
+        "hub_link": hub_link,
+        "line": one_line,
+        "url": quote,
+    }
     facts = {"in_progress": None} | facts
     template = environment.from_string((Path(__file__).parent / "template.md").read_text())
     recipe = dump_recipe(facts)
     card = template.render(
         front=yaml.safe_dump(metadata(facts), sort_keys=False),
         facts=facts,
+        origin=_origin(facts),
         gist=_gist(facts),
         table=comparison(facts["evaluation"]),
         recipe="" if "<!--" in recipe else recipe,  # it would be taken for one of the card's own marks
@@ -53,6 +61,7 @@ def render_card(facts: dict[str, Any], *, repo: str | None = None, plots: Collec
         masked=_masked(facts),
         no_gain=_no_gain(facts),
         onnx=any(s["kind"] == "export" for s in facts["stages"]),
+        onnx_size=_onnx_size(facts),
         plots=plots,
         drawable=importlib.util.find_spec("matplotlib") is not None,
         snippets=snippets(facts, place=place),
@@ -68,6 +77,21 @@ def dump_recipe(facts: dict[str, Any]) -> str:
     """The recipe (of a script: its TrainingArguments) as YAML, without the folders of the maker's machine."""
     known = facts.get("recipe") or facts.get("training_arguments") or {}
     return yaml.safe_dump(without_folders(known), sort_keys=False, allow_unicode=True)
+
+
+def _origin(facts: dict[str, Any]) -> str:
+    base = facts["base_model"] or "A model trained from a config"
+    if HUB_ID.fullmatch(base):
+        return hub_link(base)
+    return text(
+        f"{base.removeprefix('package://').split('/')[0]} (a Python package)" if "package://" in base else base
+    )
+
+
+def _onnx_size(facts: dict[str, Any]) -> str:
+    """(17.3 MB), where it was measured."""
+    copy = facts["evaluation"]["artefacts"].get("onnx", {}) if facts["evaluation"] else {}
+    return f" ({copy['bytes'] / 1e6:.1f} MB)" if "bytes" in copy else ""
 
 
 def _gist(facts: dict[str, Any]) -> str:
@@ -90,17 +114,22 @@ def _against_source(facts: dict[str, Any]) -> str:
     source, dense = facts.get("source_bytes"), facts["evaluation"] and facts["evaluation"]["artefacts"]["dense"]
     if not source or "bytes" not in root or abs(source / dense["bytes"] - 1) < 0.01:
         return ""
-    return f"{source / 1e6:.1f} MB, so this folder's are {source / root['bytes']:.2f}x smaller than those."
+    ratio = source / root["bytes"]
+    than = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
+    return f"{source / 1e6:.1f} MB; this folder's are {than} than those."
 
 
 def _options(facts: dict[str, Any]) -> list[str]:
-    """Each stage's options as the recipe gives them, on one line; nothing for a script's."""
+    """Each stage's options on one line, as the recipe below gives them but without how long it trained and on what;
+    nothing for a script's."""
     entries = (facts.get("recipe") or {}).get("stages") or [None] * len(facts["stages"])
     return [_one_line_options(entry) for entry in entries]
 
 
 def _one_line_options(entry: Any) -> str:
     options = next((v for k, v in entry.items() if k != "name"), None) if isinstance(entry, dict) else None
+    if isinstance(options, dict):
+        options = {key: value for key, value in options.items() if key not in ("args", "extra_data")}
     return yaml.safe_dump(options, default_flow_style=True, sort_keys=False, width=10**6).strip() if options else ""
 
 

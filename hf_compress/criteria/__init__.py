@@ -20,6 +20,7 @@ class Statistics:
 
     tokens: how many tokens reached this weight.
     input_norm: (in,) fp32, sqrt(sum over tokens of g^2 x_j^2), g the router weight of an expert's token (1 elsewhere).
+    input_max: (in,) fp32, the largest |g x_j|.
     hessian: (in, in) fp32, sum over tokens of g^2 x x^T.
     drift: (in, in) fp32, sum over tokens of g^2 (d - x) x^T, d what the dense model reads where this one reads x.
     residual: (out, in) fp32, sum over tokens of (dense - compressed residual stream) x^T, of weights that write to it.
@@ -32,6 +33,7 @@ class Statistics:
 
     tokens: int = 0
     input_norm: Tensor | None = None
+    input_max: Tensor | None = None
     hessian: Tensor | None = None
     drift: Tensor | None = None
     residual: Tensor | None = None

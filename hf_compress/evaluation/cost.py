@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from hf_compress.errors import CompressError
 from hf_compress.families import family_of
 from hf_compress.source import TASKS
-from hf_compress.weights import weights
+from hf_compress.weights import is_packed, weights
 
 
 def paired_latency(
@@ -83,7 +83,7 @@ def sparsity(model: PreTrainedModel) -> float | None:
     """Share of exact zeros in the block matrices; None when they stay packed. (compressed-tensors unpacks at the first
     forward.)"""
     found = weights(model)
-    if any(not w.whole.is_floating_point() for w in found):
+    if any(is_packed(w.whole) for w in found):
         return None
     return sum(int((w.matrix == 0).sum()) for w in found) / sum(w.shape[0] * w.shape[1] for w in found)
 

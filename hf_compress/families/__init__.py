@@ -50,6 +50,9 @@ class Family:
         num_layers: config field holding the number of blocks.
         per_layer_fields: config fields that are lists with one entry a block.
         residuals: the modules that read the residual stream before the attention's, and the FFN's, output is added.
+        scaled_by: for each group of `attention`, then for `up`: the module whose channels it reads, and nothing else
+            reads but for routers, so that a channel can be divided there and multiplied here (a norm; the matrix of
+            the values); "" where there is none.
         ffn: the FFN, of blocks that compute ``x + attention(norm(x))``, then ``x + ffn(norm(x))``; "" of others.
         experts: routed experts, or None.
         refused: why no work is done on this architecture yet ("" = supported).
@@ -69,6 +72,7 @@ class Family:
     num_layers: str = "num_hidden_layers"
     per_layer_fields: tuple[str, ...] = ("layer_types",)
     residuals: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    scaled_by: tuple[str, ...] = ("input_layernorm", "self_attn.v_proj", "post_attention_layernorm")
     ffn: str = ""
     experts: Experts | None = None
     refused: str = ""

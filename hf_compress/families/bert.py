@@ -16,6 +16,7 @@ add_family(
         down="output.dense",
         per_layer_fields=(),
         residuals=("attention.self.query", "intermediate.dense"),
+        scaled_by=("", "", ""),  # its norms feed the residual stream too
     ),
     summary="BERT, MiniLM, RoBERTa: encoders with a two-matrix FFN",
     paper="https://arxiv.org/abs/1810.04805",

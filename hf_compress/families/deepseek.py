@@ -13,15 +13,35 @@ _mla = (
     ("self_attn.o_proj",),
 )
 _qkv = ("self_attn.q_b_proj", "self_attn.kv_b_proj")  # q_proj where q_lora_rank is None
+_scaled_by = (
+    *("input_layernorm", "self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
+    *("", "post_attention_layernorm"),  # o_proj: kv_b_proj makes keys and values in turn
+)
 _experts = Experts(shared="mlp.shared_experts", count="n_routed_experts")
 
 add_family(
-    Family(name="deepseek_v2", model_types=("deepseek_v2",), ffn="mlp", attention=_mla, qkv=_qkv, experts=_experts),
+    Family(
+        name="deepseek_v2",
+        model_types=("deepseek_v2",),
+        attention=_mla,
+        qkv=_qkv,
+        scaled_by=_scaled_by,
+        ffn="mlp",
+        experts=_experts,
+    ),
     summary="DeepSeek-V2 and V2-Lite: MLA, softmax router",
     paper="https://arxiv.org/abs/2405.04434",
 )
 add_family(
-    Family(name="deepseek_v3", model_types=("deepseek_v3",), ffn="mlp", attention=_mla, qkv=_qkv, experts=_experts),
+    Family(
+        name="deepseek_v3",
+        model_types=("deepseek_v3",),
+        attention=_mla,
+        qkv=_qkv,
+        scaled_by=_scaled_by,
+        ffn="mlp",
+        experts=_experts,
+    ),
     summary="DeepSeek-V3 and R1: MLA, sigmoid router with correction bias, FP8 sources",
     paper="https://arxiv.org/abs/2412.19437",
 )

@@ -15,6 +15,7 @@ add_family(
         num_layers="n_layer",
         per_layer_fields=(),
         residuals=("ln_1", "ln_2"),
+        scaled_by=("ln_1", "", "ln_2"),
         ffn="mlp",
     ),
     summary="GPT-2: Conv1D matrices stored (in, out)",

@@ -19,7 +19,7 @@ from hf_compress.oneshot.calls import Block, Call, first_call, halve
 from hf_compress.oneshot.gather import Reading, StageStatistics, read, without_padding
 from hf_compress.oneshot.order import InputGroup, stages_of
 from hf_compress.oneshot.solvers import Solved, Solver
-from hf_compress.oneshot.tuning import Tuning, tune
+from hf_compress.oneshot.tuning import Rounded, Tuning, tune
 from hf_compress.weights import Weight, blocks_of, weights
 
 FEWEST = 0.25  # tokens for each input, below which nothing is fitted
@@ -124,7 +124,7 @@ def run_blocks(
             for stage in turn.stages:
                 store.scales |= turn.compress(stage)
             if solver.tuning is not None:
-                turn.tune(by_block[index], solver.tuning)
+                store.scales |= turn.tune(by_block[index], solver.tuning)
         for weight in by_block[index]:
             report.touched.append(weight.name)
             report.sparsity[weight.name] = float((weight.matrix == 0).float().mean())
@@ -148,6 +148,7 @@ class _Turn:
         self.dense_gate_up: dict[nn.Module, Tensor] = {}
         self.starved: dict[str, int] = {}
         self.scarce: dict[str, float] = {}
+        self._rounded: dict[str, Rounded] = {}
         self._residuals = {
             group: self.block.module.get_submodule(group.residual)
             for stage in stages
@@ -202,6 +203,8 @@ class _Turn:
                 weight.matrix.copy_(solved.values)
                 if solved.scale is not None:
                     scales[weight.name] = solved.scale
+                    if solved.ratio is not None:
+                        self._rounded[weight.name] = Rounded(solved.scale, solved.ratio)
         for call, rows in zip(self.calls if writes else [], written, strict=True):
             call.middle = self.block.after_attention(call, stage[0].first.module, rows)
         return scales
@@ -234,12 +237,15 @@ class _Turn:
         if share < 1:
             self.scarce |= {weight.name: round(share, 3) for weight in group.weights}
 
-    def tune(self, found: list[Weight], tuning: Tuning) -> None:
-        """Let what is left of the block's matrices move together toward the dense block's outputs."""
+    def tune(self, found: list[Weight], tuning: Tuning) -> dict[str, Tensor]:
+        """Let what is left of the block's matrices move together toward the dense block's outputs; name -> scale of
+        those on a grid."""
+        rounded, self._rounded = self._rounded, {}
         if found:
-            tune(self.block, self.calls, found, tuning)
+            tune(self.block, self.calls, found, tuning, rounded if tuning.grid is not None else None)
         for call in self.calls:
             call.middle = None
+        return {name: each.scale for name, each in rounded.items()}
 
     def advance(self) -> None:
         """The compressed stream goes through the block."""

@@ -35,7 +35,7 @@ def stages_of(model: nn.Module, weights: list[Weight]) -> list[list[InputGroup]]
     up, of the shared and of every routed expert), then what reads its channels (down).
     """
     family = family_of(base_of(model).config)
-    local = {w.name: _local(family, w) for w in weights}
+    local = {w.name: local_name(family, w) for w in weights}
     after_attention, after_ffn = family.residuals
     stages: list[list[InputGroup]] = []
     for names in family.attention:
@@ -64,6 +64,6 @@ def stages_of(model: nn.Module, weights: list[Weight]) -> list[list[InputGroup]]
     return stages
 
 
-def _local(family: Family, weight: Weight) -> str:
+def local_name(family: Family, weight: Weight) -> str:
     """The module's name inside its block."""
     return weight.module_name.partition(f"{family.blocks}.{weight.block}.")[2]

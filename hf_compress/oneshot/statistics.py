@@ -46,6 +46,9 @@ class Sums:
         if "input_norm" in self.needs:  # its square, until `statistics`
             square = rows.square().sum(0)
             sums.input_norm = square if sums.input_norm is None else sums.input_norm + square
+        if "input_max" in self.needs:
+            largest = rows.abs().amax(0) if len(rows) else rows.new_zeros(width)
+            sums.input_max = largest if sums.input_max is None else sums.input_max.maximum(largest)
         if "hessian" in self.needs:
             sums.hessian = rows.new_zeros(width, width) if sums.hessian is None else sums.hessian
             for start in range(0, width, PANEL):
@@ -75,16 +78,19 @@ class Sums:
 
 
 def mixed(parts: list[Statistics], shares: list[float]) -> Statistics:
-    """Weighted sum of statistics of one input (input norms are summed as squares); `tokens` is the plain sum."""
+    """Weighted sum of statistics of one input (input norms are summed as squares, maxima stay maxima); `tokens` is the
+    plain sum."""
 
     def total(tensors: list[Tensor | None]) -> Tensor | None:
         given = [t * share if share != 1 else t for t, share in zip(tensors, shares, strict=True) if t is not None]
         return sum(given[1:], start=given[0]) if given else None
 
+    largest = [p.input_max for p in parts if p.input_max is not None]
     square = total([None if p.input_norm is None else p.input_norm.square() for p in parts])
     return Statistics(
         tokens=sum(p.tokens for p in parts),
         input_norm=None if square is None else square.sqrt(),
+        input_max=torch.stack(largest).amax(0) if largest else None,
         hessian=total([p.hessian for p in parts]),
         drift=total([p.drift for p in parts]),
         residual=total([p.residual for p in parts]),

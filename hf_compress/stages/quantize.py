@@ -8,11 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_compress.backends import backends, quantize
+from transformers import PreTrainedModel
+
+from hf_compress.backends import backends, foresee, quantize
 from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.grids import Grid
 from hf_compress.oneshot import Solver, compress_blocks, compress_checkpoint, empty_model, solvers
+from hf_compress.oneshot.mixed import check_overrides, given_grids
+from hf_compress.oneshot.smoothing import Smooth, folds_of, smooth
 from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.stages.base import Done, Stage, Work
+from hf_compress.weights import weights
 
 
 @dataclass
@@ -23,6 +29,19 @@ class Quantize(Stage):
     bits: int = field(default=8, metadata={"help": "bits a weight"})
     group_size: int | None = field(
         default=None, metadata={"help": "weights that share a scale along the inputs; none = a whole row"}
+    )
+    overrides: dict[str, dict[str, int | None]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "regular expression -> bits, group_size or both of the weights it finds; the first one wins"
+        },
+    )
+    smooth: Smooth | None = field(
+        default=None,
+        metadata={
+            "help": "channels to divide where they are made and multiply where they are read, before rounding: "
+            "{method: awq}, or {method: smoothquant, alpha: 0.5} for rounded activations"
+        },
     )
     method: str | None = field(
         default=None,
@@ -54,6 +73,7 @@ class Quantize(Stage):
             "folder",
             "bits",
             "group_size",
+            "grids",
             "scales",
         }
         for option in self.options:
@@ -64,10 +84,18 @@ class Quantize(Stage):
                     next_step=did_you_mean(option, known),
                 )
         try:
-            backends.entry(self.backend).traits["check"](bits=self.bits, group_size=self.group_size, **self.options)
+            self._check_bits()
         except CompressError as error:
             raise CompressError(error.what, where=f"{where}.{error.where}", next_step=error.next_step) from error
-        for key, asked, trait in (("method", self.method, "packing"), ("streaming", self.streaming, "packing")):
+        if self.smooth is not None:
+            self.smooth.check(where=f"{where}.smooth")
+            if self.streaming or "grid" not in backends.entry(self.backend).traits:
+                raise CompressError(
+                    "smoothing changes the whole model in memory, for the grid of a container",
+                    where=f"{where}.smooth",
+                    next_step="leave streaming out, or smooth",
+                )
+        for key, asked, trait in (("method", self.method, "grid"), ("streaming", self.streaming, "packing")):
             if asked and trait not in backends.entry(self.backend).traits:
                 raise CompressError(
                     f"{self.backend} rounds the whole model at once, by itself",
@@ -86,39 +114,89 @@ class Quantize(Stage):
         if "quantize" in work_kinds:
             raise CompressError("the weights are quantized already", where=where, next_step="keep one quantize stage")
 
-    def _rounding(self, default: str) -> Solver:
-        grid = backends.entry(self.backend).traits["grid"](bits=self.bits, group_size=self.group_size, **self.options)
-        return solvers[self.method or default](grid=grid, **self.solver_options)
+    def _check_bits(self) -> None:
+        check, scheme = (
+            backends.entry(self.backend).traits["check"],
+            {"bits": self.bits, "group_size": self.group_size},
+        )
+        check(**scheme, **self.options)
+        if not self.overrides:
+            return
+        if "grids" not in inspect.signature(backends[self.backend]).parameters:
+            raise CompressError(
+                f"{self.backend} has one scheme for a whole model",
+                where="overrides",
+                next_step="leave overrides out, or use backend: compressed-tensors",
+            )
+        check_overrides(self.overrides, where="overrides")
+        for pattern, own in self.overrides.items():
+            try:
+                check(**(scheme | own), **self.options)
+            except CompressError as error:
+                where = f"overrides: {pattern!r}: {error.where}"
+                raise CompressError(error.what, where=where, next_step=error.next_step) from error
+
+    def scheme(self, model: PreTrainedModel) -> dict[str, Any]:
+        """bits, group_size and, where some weights of `model` have others, grids: what the backend and its traits are
+        called with beside `options`.
+
+        Raises:
+            CompressError: an expression that finds no weight (did you mean); a model that cannot be smoothed.
+        """
+        if self.smooth is not None:
+            folds_of(model, 0)
+        scheme: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
+        if self.overrides:
+            names = [w.name for w in weights(model)]
+            own = given_grids(names, self.overrides, Grid(self.bits, self.group_size), where="quantize.overrides")
+            scheme["grids"] = own
+        return scheme
+
+    @property
+    def _grid(self) -> Grid:
+        found: Grid = backends.entry(self.backend).traits["grid"](
+            bits=self.bits, group_size=self.group_size, **self.options
+        )
+        return found
+
+    def _rounding(self, scheme: dict[str, Any], default: str) -> Solver:
+        return solvers[self.method or default](grid=self._grid, grids=scheme.get("grids"), **self.solver_options)
 
     def run(self, work: Work) -> Done:
         saved = work.folder / "quantized"
         if not self.streaming:
             shutil.rmtree(saved, ignore_errors=True)  # of a run that stopped between writing it and taking it over
         where = f"quantize ({self.backend}, {self.bits} bits)"
+        traits = backends.entry(self.backend).traits
         if self.streaming:
-            rounding = self._rounding("rtn")
             empty = empty_model(Path(work.checkpoint))
-            packing = backends.entry(self.backend).traits["packing"](
-                empty, bits=self.bits, group_size=self.group_size, **self.options
-            )
-            batches = work.calibration(empty.config.vocab_size, self.samples) if rounding.needs else []
-            report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, rounding, container=packing)
+            scheme = self.scheme(empty)
+            solver = self._rounding(scheme, "rtn")
+            packing = traits["packing"](empty, **scheme, **self.options)
+            batches = work.calibration(empty.config.vocab_size, self.samples) if solver.needs else []
+            report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, solver, container=packing)
             covered.require(self.min_coverage, where=where)
             return Done(None, report.facts(), covered, saved, quantized=self.backend)
-        scales, facts = work.scales if "packing" in backends.entry(self.backend).traits else None, dict[str, Any]()
-        if self.method is not None:
-            rounding = self._rounding(self.method)
-            batches = work.calibration(work.model.config.vocab_size, self.samples) if rounding.needs else []
-            report = compress_blocks(work.model, batches, rounding, resume_dir=work.folder / "blocks")
-            scales, facts = report.scales, report.facts()
+        scheme = self.scheme(work.model)
+        scales, facts = work.scales if "packing" in traits else None, dict[str, Any]()
+        rounding = None if self.method is None else self._rounding(scheme, self.method)
+        reads = self.smooth is not None or (rounding is not None and rounding.needs)
+        batches = work.calibration(work.model.config.vocab_size, self.samples) if reads else []
+        foreseen = foresee(work.model, self.backend, **scheme, **self.options)
+        only = [w.name for w in weights(work.model) if w.name not in foreseen.reasons]
+        if self.smooth is not None:
+            own = scheme.get("grids")
+            facts["smooth"] = smooth(work.model, batches, self.smooth, self._grid, grids=own, only=only)
+        if rounding is not None:
+            report = compress_blocks(work.model, batches, rounding, only=only, resume_dir=work.folder / "blocks")
+            scales, facts = report.scales, facts | report.facts()
         written = quantize(
             work.model,
             saved,
             backend=self.backend,
-            bits=self.bits,
-            group_size=self.group_size,
             tokenizer=work.tokenizer,
             scales=scales,
+            **scheme,
             **self.options,
         )
         written.coverage.require(self.min_coverage, where=where)

@@ -24,6 +24,7 @@ from hf_compress.oneshot.precision import bfloat16_is_fast
 from hf_compress.stages.base import Done, Stage, Work, refuse_after_export
 from hf_compress.techniques import Technique
 from hf_compress.techniques.distillation import Distillation
+from hf_compress.techniques.on_policy import check_on_policy
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 from hf_compress.trainer import CompressionTrainer
@@ -39,7 +40,7 @@ _OURS = {
     "seed": "set the recipe's own `seed`",
     "hub_token": "recipes are published with the result; log in with `hf auth login`",
     "push_to_hub_token": "recipes are published with the result; log in with `hf auth login`",
-    "push_to_hub": "the finished folder is published, not a training checkpoint",
+    "push_to_hub": "give the recipe a `publish:` section; the finished folder is published, not a training checkpoint",
 }
 
 
@@ -107,6 +108,8 @@ class Train(Stage):
                 raise CompressError(
                     error.what, where=f"{where}: {error.where}".rstrip(": "), next_step=error.next_step
                 ) from error
+        if self.distill is not None:
+            check_on_policy(self.distill.lmbda, self.task_weight)
         if "quantize" in work_kinds and (self.lora is None or self.prune is not None or self.qat is not None):
             raise CompressError(
                 "packed weights train only through LoRA, without masks and fake quantization",
@@ -126,7 +129,10 @@ class Train(Stage):
         student: torch.nn.Module = self._with_lora(model, work) if self.lora is not None else model
         adapted = {name.split(".lora_A")[0] for name, _ in student.named_modules() if ".lora_A" in name}
         techniques = [self._resolved(technique, work) for technique in self.techniques]
+        rows = self._rows(work)
         arguments = self._arguments(str(work.folder / "trainer"), work.seed)
+        if "logging_steps" not in self.args:
+            arguments.logging_steps = _logged_every(arguments, rows)
         if arguments.bf16 and arguments.use_cpu and not bfloat16_is_fast("cpu"):
             work.say("  this CPU has no instructions for bfloat16: several times slower than args: {bf16: auto}")
         stop = _StopAfterSaving()
@@ -135,7 +141,7 @@ class Train(Stage):
             techniques=techniques,
             task_weight=self.task_weight,
             args=arguments,
-            train_dataset=self._rows(work),
+            train_dataset=rows,
             eval_dataset=work.prepared.eval,
             data_collator=work.prepared.collator,
             processing_class=work.tokenizer,
@@ -194,7 +200,6 @@ class Train(Stage):
         defaults: dict[str, Any] = {
             "report_to": "none",
             "save_total_limit": 1,
-            "logging_steps": 20,
             "dataloader_pin_memory": torch.cuda.is_available(),
             "use_cpu": not torch.cuda.is_available(),
         }
@@ -267,6 +272,15 @@ class Train(Stage):
             model, LoraConfig(**({"task_type": kind, "target_modules": "all-linear"} | (self.lora or {})))
         )
         return adapted
+
+
+def _logged_every(arguments: TrainingArguments, rows: Rows) -> float:
+    """Steps between two points of the loss curve: twenty, fewer in a run so short that it would have no curve."""
+    steps = float(arguments.max_steps)
+    if steps <= 0 and isinstance(rows, Dataset):  # rows without a length need max_steps
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        steps = len(rows) / batch * arguments.num_train_epochs
+    return min(20, max(1, int(steps / 20)))
 
 
 def _kept_layers(work: Work, teacher: str) -> list[int]:

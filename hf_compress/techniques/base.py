@@ -43,8 +43,8 @@ class Step:
 class Technique(TrainerCallback):
     """Base of `Distillation`, `Pruning`, `QAT`: a dataclass (``eq=False``) whose fields are the recipe's keys.
 
-    The order of calls: `check`, `attach`, `prepare`, then every step `around` and `loss_terms` and the callback
-    events of transformers, `finalize`.
+    The order of calls: `check`, `attach`, `prepare`, then every step `batches`, `around` and `loss_terms` and the
+    callback events of transformers, `finalize`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -57,6 +57,11 @@ class Technique(TrainerCallback):
 
     def prepare(self, trainer: CompressionTrainer) -> None:
         """After Trainer.__init__ and before the first step: prepare the teacher through the trainer's accelerator."""
+
+    def batches(self, trainer: CompressionTrainer, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The micro-batches of the next optimizer step, before their items are counted; the same list where nothing
+        changes."""
+        return batches
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of its own that train with the model (projections, learned scales), as a group of their own."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.errors import CompressError
 from hf_compress.heads import distribution
-from hf_compress.heads import head_of as kind_of
 from hf_compress.losses import losses
 from hf_compress.techniques.base import Step, Technique
 from hf_compress.techniques.capture import Capture
@@ -24,9 +24,11 @@ from hf_compress.techniques.chunked import (
     head_of,
     head_stands_in,
 )
-from hf_compress.techniques.distillation_options import check_options
+from hf_compress.techniques.distillation_options import check_options, check_student
 from hf_compress.techniques.features import FeatureTerm, feature_terms
 from hf_compress.techniques.offline import Cache
+from hf_compress.techniques.on_policy import check_on_policy, mixed
+from hf_compress.techniques.ramp import ramp
 from hf_compress.techniques.soft_targets import FromOutputs, Objective, Online, SoftTargets, Teacher
 from hf_compress.techniques.teacher import BASE, answering, as_classes, check_vocabulary, load_teacher
 from hf_compress.weights import base_of
@@ -43,6 +45,7 @@ class Distillation(Technique):
     distill = weight * sum over predicted positions of T^2 loss(student / T, teacher / T) / num_items; of several
     teachers the weighted mean. A feature's term = its weight * sum over sequences of (mean over mapped blocks of its
     loss) * items of the sequence / num_items, where items are predicted positions, or 1 for a sequence classifier.
+    Every weight may go to another (`weight_end`) over the run, as `schedule` says.
 
     Names are TRL's where TRL has one. At evaluation `eval_kl` (KL(first teacher || student) at temperature 1) and
     `eval_agreement` (of the likeliest class) are means over all items.
@@ -59,8 +62,25 @@ class Distillation(Technique):
     loss: str = field(default="forward_kl", metadata={"help": "logit loss: see `hf-compress list losses`"})
     temperature: float = field(default=2.0, metadata={"help": "softens both distributions"})
     weight: float = field(default=1.0, metadata={"help": "weight of the logit loss"})
-    beta: float = field(default=0.5, metadata={"help": "of jsd, as in TRL: 0 is forward KL, 1 is reverse KL"})
-    alpha: float = field(default=0.1, metadata={"help": "of skew_kl: the share of its own side in the mixture"})
+    weight_end: float | None = field(
+        default=None,
+        metadata={"help": "weight at the end of training; none: as at its beginning (features: the same)"},
+    )
+    schedule: str = field(default="linear", metadata={"help": "how weights reach their end: linear or cosine"})
+    taid: float | None = field(
+        default=None,
+        metadata={"help": "the target's logits are (1 - t) student + t teacher, t from here to 1 by `schedule`"},
+    )
+    lmbda: float = field(
+        default=0.0,
+        metadata={"help": "share of batches that the student writes itself, from their prompts; as in TRL"},
+    )
+    beta: float = field(
+        default=0.5, metadata={"help": "of jsd, as in TRL: 0 is forward KL, 1 reverse KL; alpha_beta's"}
+    )
+    alpha: float = field(
+        default=0.1, metadata={"help": "of skew_kl: its own side's share in the mixture; alpha_beta's"}
+    )
     chunked: bool = field(
         default=False,
         metadata={"help": "logits a few positions at a time, task loss too: never a whole batch of vocabularies"},
@@ -100,9 +120,8 @@ class Distillation(Technique):
 
     def attach(self, model: nn.Module) -> None:
         student = base_of(model)
+        check_student(self, student)
         self._cache = None if self.teacher_cache is None else Cache(self.teacher_cache)
-        if self._cache is not None and kind_of(student) != "causal":
-            raise CompressError("only causal language models have a cache", where="distill.teacher_cache")
         self._given: list[Any] = list(self.teachers) or ([] if self._cache else [self.teacher_model])
         weights = self.teacher_weights or [1.0] * len(self._given)
         self._shares = [w / sum(weights) for w in weights]
@@ -113,7 +132,8 @@ class Distillation(Technique):
             self.loss, self.temperature, {name: getattr(self, name) for name in traits.get("options", ())}
         )
         self._distribution = distribution(student)
-        if self.weight and self._distribution == "values" and traits["kind"] != "values":
+        heard = bool(self.weight or self.weight_end)
+        if heard and self._distribution == "values" and traits["kind"] != "values":
             raise CompressError(
                 f"a regression head has no distribution for {self.loss}",
                 where="distill.loss",
@@ -128,9 +148,10 @@ class Distillation(Technique):
         self._heads: list[Head] = []
         if self.chunked:
             self._heads = [head_of(m) for m in (student, *self._teachers)]
-        self._measured = torch.zeros(3)
+        self._measured, self._done = torch.zeros(3), 0.0
 
     def prepare(self, trainer: CompressionTrainer) -> None:
+        check_on_policy(self.lmbda, trainer.task_weight)
         if self._cache is not None:
             self._cache.check(
                 temperature=self.temperature,
@@ -149,6 +170,15 @@ class Distillation(Technique):
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for term in self._terms for p in term.projections.parameters()]
+
+    def batches(self, trainer: CompressionTrainer, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return mixed(trainer, batches, self.lmbda) if self.lmbda else batches
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._done = state.global_step / max(1, state.max_steps - 1)
+
+    def _now(self, begin: float, end: float | None) -> float:
+        return ramp(begin, end, self.schedule, self._done)
 
     @contextmanager
     def around(self, step: Step) -> Iterator[None]:
@@ -197,8 +227,11 @@ class Distillation(Technique):
 
     def _objective(self, step: Step, teachers: Sequence[Teacher], labels: Tensor | None = None) -> Objective:
         measure = not step.model.training and self._distribution != "values" and bool(teachers)
-        heard = teachers if self.weight or measure else []
-        return Objective(self._soft, heard, self.weight, step.task_weight, labels, measure)
+        weight = self._now(self.weight, self.weight_end)
+        soft = self._soft
+        if self.taid is not None and step.model.training:
+            soft = replace(soft, share=self._now(self.taid, 1.0))
+        return Objective(soft, teachers if weight or measure else [], weight, step.task_weight, labels, measure)
 
     def loss_terms(self, step: Step) -> dict[str, Tensor]:
         terms = {}
@@ -208,7 +241,7 @@ class Distillation(Technique):
             terms["task"] = step.task_weight * self._sums[0] / step.num_items
             terms["distill"] = self._total / step.num_items - terms["task"]
             self._measure(step, self._sums, len(_trained(step)))
-        elif answered and (self.weight or not step.model.training):
+        elif answered and (self.weight or self.weight_end or not step.model.training):
             kind = self._distribution
             flat = as_classes(step.outputs.logits, kind)
             rows = _trained(step) if kind != "sigmoid" else torch.arange(len(flat), device=flat.device)
@@ -220,7 +253,7 @@ class Distillation(Technique):
         mask, items_of = _where(step)
         for term in self._terms:
             each_sequence = term(self._captures[0], self._captures[1], mask) * items_of
-            terms[term.name] = term.weight * each_sequence.sum() / step.num_items
+            terms[term.name] = self._now(term.weight, term.weight_end) * each_sequence.sum() / step.num_items
         if not answered:
             terms.pop("distill", None)
         return terms
@@ -263,6 +296,9 @@ class Distillation(Technique):
             "loss": self.loss,
             "temperature": self.temperature,
             "weight": self.weight,
+            "weight_end": self.weight_end,
+            "taid": self.taid,
+            "lmbda": self.lmbda,
             "chunked": self.chunked,
             "teacher_cache": self._cache.facts if self._cache else None,
             "features": self.features,

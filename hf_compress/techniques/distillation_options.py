@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel
+
 from hf_compress.errors import CompressError
+from hf_compress.heads import head_of
 from hf_compress.losses import losses
 from hf_compress.techniques.features import check_features
+from hf_compress.techniques.ramp import RAMPS
 from hf_compress.techniques.teacher import OPTIONS
 
 if TYPE_CHECKING:
@@ -41,6 +45,9 @@ def check_options(given: Distillation) -> None:
     weights = given.teacher_weights
     wrong = {
         "temperature": (f"{given.temperature} is not positive", not given.temperature > 0),
+        "schedule": (f"{given.schedule!r} is not one of {', '.join(RAMPS)}", given.schedule not in RAMPS),
+        "taid": (f"{given.taid} is not between 0 and 1", given.taid is not None and not 0 <= given.taid <= 1),
+        "lmbda": (f"{given.lmbda} is not between 0 and 1", not 0 <= given.lmbda <= 1),
         "beta": (f"{given.beta} is not between 0 and 1", not 0 <= given.beta <= 1),
         "alpha": (f"{given.alpha} is not in [0, 1)", not 0 <= given.alpha < 1),
         "teacher_bits": (
@@ -61,11 +68,31 @@ def check_options(given: Distillation) -> None:
             raise CompressError(f"{name} {what}", where=f"distill.{name}")
 
 
+def check_student(given: Distillation, student: PreTrainedModel) -> None:
+    """Raise a CompressError for what a model of its kind cannot learn."""
+    causal = head_of(student) == "causal"
+    wrong = {
+        "teacher_cache": ("only causal language models have a cache", given.teacher_cache is not None and not causal),
+        "lmbda": ("only causal language models go on with a text", bool(given.lmbda) and not causal),
+        "features": (
+            "an encoder-decoder has two stacks of blocks, and features are about one",
+            bool(given.features) and student.config.is_encoder_decoder,
+        ),
+    }
+    for name, (what, is_so) in wrong.items():
+        if is_so:
+            raise CompressError(
+                what, where=f"distill.{name}", next_step="learn from a teacher in memory, by its logits alone"
+            )
+
+
 def _check_cached(given: Distillation) -> None:
     wrong = {
         "features need a teacher's blocks, and a cache holds its answers only": bool(given.features),
         f"a cache of sampled answers gives forward_kl, not {given.loss}": given.loss != "forward_kl",
         "a cache has one teacher": bool(given.teachers),
+        "a cache knows nothing of what the student writes (lmbda)": bool(given.lmbda),
+        "a cache of sampled answers cannot be mixed with the student's (taid)": given.taid is not None,
     }
     for what, is_so in wrong.items():
         if is_so:

@@ -57,6 +57,7 @@ class FeatureTerm:
     weight: float
     pairs: LayerMap
     options: dict[str, Any]
+    weight_end: float | None = None
     projections: nn.ModuleList = field(default_factory=nn.ModuleList)
 
     @property
@@ -91,10 +92,13 @@ def feature_terms(
         entry = losses.entry(name)
         wanted = chosen.pop("layer_map", default_map)
         pairs = layer_map(wanted, len(blocks_of(ours)), len(blocks_of(theirs)), where=f"distill.features.{name}")
-        if entry.traits["kind"] == "router" and wanted in (None, "uniform"):  # the first blocks may be dense
-            pairs = [(a, b) for a, b in pairs if _routed(ours, a) and _routed(theirs, b)] or pairs
-        weight = float(chosen.pop("weight", 1.0))
-        term = FeatureTerm(name, weight, pairs, chosen)
+        if entry.traits["kind"] == "router":  # the first blocks may be dense
+            evenly = wanted in (None, "uniform")
+            pairs = [
+                p for p in pairs if (all if evenly else any)((_routed(ours, p[0]), _routed(theirs, p[1])))
+            ] or pairs
+        weight, end = float(chosen.pop("weight", 1.0)), chosen.pop("weight_end", None)
+        term = FeatureTerm(name, weight, pairs, chosen, end)
         widths = ours.config.hidden_size, theirs.config.hidden_size
         if entry.traits.get("project") and widths[0] != widths[1]:
             with torch.random.fork_rng(devices=[]):
@@ -117,9 +121,12 @@ def check_features(given: Mapping[str, Any]) -> None:
         if traits["kind"] in ("logits", "values"):
             raise CompressError(f"{name!r} is not about features", where=where, next_step=f"loss: {name}")
         chosen = options if isinstance(options, Mapping) else {"weight": options}
-        known = ("weight", "layer_map", *traits.get("options", ()))
+        known = ("weight", "weight_end", "layer_map", *traits.get("options", ()))
         for key in chosen:
             if key not in known:
                 raise CompressError(f"unknown option {key!r}", where=where, next_step="known: " + ", ".join(known))
-        if not isinstance(chosen.get("weight", 1.0), int | float):
-            raise CompressError(f"{options!r} is no weight", where=where, next_step=f"features: {{{name}: 0.5}}")
+        for key in ("weight", "weight_end"):
+            if not isinstance(chosen.get(key, 1.0), int | float):
+                raise CompressError(
+                    f"{chosen[key]!r} is no weight", where=where, next_step=f"features: {{{name}: 0.5}}"
+                )

@@ -40,15 +40,19 @@ class Teacher(Protocol):
 @dataclass(frozen=True)
 class SoftTargets:
     """A loss of `hf_compress.losses` with its options. KLs at temperature T are multiplied by T^2 (a loss of order 1
-    by T), so that their gradient keeps its size (https://arxiv.org/abs/1503.02531)."""
+    by T), so that their gradient keeps its size (https://arxiv.org/abs/1503.02531). share: below 1 the target's logits
+    are (1 - share) student + share teacher, the student's without gradient (TAID, https://arxiv.org/abs/2501.16937)."""
 
     loss: str
     temperature: float = 1.0
     options: dict[str, float] = field(default_factory=dict)
+    share: float = 1.0
 
     def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 outputs (rows, classes) twice -> value (rows,), d value / d student (rows, classes)."""
         entry = losses.entry(self.loss)
+        if self.share < 1:
+            teacher = student.lerp(teacher, self.share)
         if entry.traits["kind"] == "values":
             value, gradient = entry.value(student, teacher)
             return value, gradient

@@ -56,6 +56,7 @@ def command(*words: str) -> str:
 
     shown, code = io.StringIO(), 0
     cli.console.file = cli.errors.file = shown
+    cli.console.width = cli.errors.width = 300  # a sentence a line
     with mock.patch.object(sys, "argv", ["hf-compress", *words]):
         try:
             cli.main()
@@ -94,7 +95,7 @@ def round_trip(hub: Any, folder: Path, scratch: Path) -> dict[str, Any]:
         seen["again"] = command("publish", str(folder), repo, "--private")
         seen["uploads and commits then"] = len(hub.sent("PUT", "/_blobs/")) + len(hub.sent("POST", "/commit/"))
         seen["revision"] = command("publish", str(folder), repo, "--revision", "v1")
-        seen["pull request"] = command("publish", str(folder), repo, "--create-pr")
+        seen |= pull_request(hub, folder, repo)
     seen["refs"] = sorted(hub.repos[repo].refs)
 
     card = hub.repos[repo].at("main").files["README.md"].data.decode()
@@ -112,6 +113,21 @@ def round_trip(hub: Any, folder: Path, scratch: Path) -> dict[str, Any]:
     seen |= json.loads(next(x for x in lines if x.startswith("SEEN")).removeprefix("SEEN"))
     seen["snippets as they stand"] = next(x for x in lines if x.startswith("SNIPPETS"))
     seen["verify"] = command("verify", repo)
+    return seen
+
+
+def pull_request(hub: Any, folder: Path, repo: str) -> dict[str, Any]:
+    """A person writes into the card here and asks the owner to take it: main stays, the request's ref holds it."""
+    held, card = hub.repos[repo], folder / "README.md"
+    before, plain = held.at("main"), card.read_text()
+    card.write_text(plain + "\n## Where it is used\n\nIn a shop for films.\n")
+    seen = {"pull request with a changed card": command("publish", str(folder), repo, "--create-pr")}
+    card.write_text(plain)
+    main, asked = held.at("main"), held.at("refs/pr/1")
+    changed = {n for n in main.files.keys() | asked.files.keys() if main.files.get(n) != asked.files.get(n)}
+    seen["main then"] = "untouched" if main == before else "changed"
+    seen["the request changes"] = sorted(changed)
+    seen["the request's card, the last line"] = asked.files["README.md"].data.decode().splitlines()[-1]
     return seen
 
 

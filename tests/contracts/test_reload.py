@@ -1,5 +1,5 @@
-"""Contracts 1 and 2: every container opens without hf_compress and gives the same answers; what it cannot store is
-said, or refused."""
+"""Contracts 1 and 2 beyond the matrix (test_matrix.py): damage is found, a container stores what was simulated, and
+what it cannot store is said or refused."""
 
 import shutil
 from pathlib import Path
@@ -17,55 +17,20 @@ from hf_compress.weights import weights
 from tests.models import CONFIGS, MOE, tiny
 
 IDS = torch.arange(3, 19)[None]
-CASES = [
-    ("llama", "bitsandbytes", "w8"),
-    ("bert", "bitsandbytes", "w8"),
-    ("gpt2", "bitsandbytes", "w4"),
-    ("qwen3", "bitsandbytes", "w4"),
-    ("llama", "compressed-tensors", "w4 g32"),
-    ("bert", "compressed-tensors", "w8 g32"),
-    ("deepseek_v3", "compressed-tensors", "w4 g32"),
-    ("deepseek_v2", "compressed-tensors", "w8 g32"),
-    ("qwen3_moe", "compressed-tensors", "w4 g32"),
-    ("qwen2_moe", "compressed-tensors", "w4 g32"),
-    ("llama", "compressed-tensors", "w8 a8"),
-    ("bert", "compressed-tensors", "w8 a8"),
-]
-SCHEMES = {
-    "w8": {"bits": 8},
-    "w4": {"bits": 4},
-    "w4 g32": {"bits": 4, "group_size": 32},
-    "w8 g32": {"bits": 8, "group_size": 32},
-    "w8 a8": {"bits": 8, "activations": 8},
-}
+SCHEMES = {"w4 g32": {"bits": 4, "group_size": 32}, "w8 a8": {"bits": 8, "activations": 8}}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
-    root, made = tmp_path_factory.mktemp("containers"), {}
-    for name, backend, scheme in CASES:
-        model = tiny(name, **({"tie_word_embeddings": True} if name == "llama" else {}))
-        with torch.no_grad():
-            for weight in weights(model):
-                weight.matrix[:, ::2] = 0
-        folder = made[name, backend, scheme] = root / f"{name}-{backend}-{scheme.replace(' ', '-')}"
-        written = backends[backend](model, None, folder, **SCHEMES[scheme])
-        assert written.coverage.share == 1.0
-        with torch.no_grad():
-            error = (written.model(IDS).logits.float() - model(IDS).logits).norm() / model(IDS).logits.norm()
-        assert 0 < error < (0.1 if SCHEMES[scheme]["bits"] == 8 else 0.6), (name, backend, scheme)
-        write_expectation(written.model, folder)
-    return made
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("containers")
+    for name, scheme in SCHEMES.items():
+        written = backends["compressed-tensors"](tiny("llama"), None, root / name, **scheme)
+        write_expectation(written.model, root / name)
+    return {name: root / name for name in SCHEMES}
 
 
-def test_every_container_opens_in_a_fresh_process(folders: dict[tuple, Path]) -> None:
-    facts = verify(*folders.values())
-    assert len(facts) == len(CASES)
-    assert all(f["logits_difference"] < 1e-3 for f in facts.values())
-
-
-def test_damaged_checkpoints_are_found(folders: dict[tuple, Path], tmp_path: Path) -> None:
-    source = folders["llama", "compressed-tensors", "w4 g32"]
+def test_damaged_checkpoints_are_found(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = folders["w4 g32"]
     damage = {
         "missing": lambda t: t.pop("model.layers.0.self_attn.q_proj.weight_packed"),
         "changed": lambda t: t.update({"model.norm.weight": -t["model.norm.weight"]}),
@@ -82,17 +47,6 @@ def test_damaged_checkpoints_are_found(folders: dict[tuple, Path], tmp_path: Pat
     assert "missing: missing_keys" in str(error.value)
     assert "changed: logits differ" in str(error.value)
     assert "pickle files: extra.bin" in str(error.value)
-
-
-def test_files_are_as_small_as_plan_says(folders: dict[tuple, Path]) -> None:
-    for (name, backend, scheme), folder in folders.items():
-        model = tiny(name, **({"tie_word_embeddings": True} if name == "llama" else {}))
-        stores = backends.entry(backend).traits["stores"]
-        scheme_of = {k: v for k, v in SCHEMES[scheme].items() if k != "activations"}
-        said = sum(stores(w, **scheme_of) for w in weights(model))
-        rest = 4 * (sum(p.numel() for p in model.parameters()) - sum(w.shape[0] * w.shape[1] for w in weights(model)))
-        tensors = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
-        assert tensors == pytest.approx(said + rest, rel=0.02), (name, backend, scheme)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
@@ -178,9 +132,9 @@ def test_each_channel_of_the_onnx_file_has_its_own_scale(tmp_path: Path) -> None
     assert ours["error"] < plain["error"] / 2
 
 
-def test_activations_are_rounded_by_whoever_runs_the_folder(folders: dict[tuple, Path]) -> None:
-    model = tiny("llama", tie_word_embeddings=True)
-    opened = type(model).from_pretrained(folders["llama", "compressed-tensors", "w8 a8"]).eval()
+def test_activations_are_rounded_by_whoever_runs_the_folder(folders: dict[str, Path]) -> None:
+    model = tiny("llama")
+    opened = type(model).from_pretrained(folders["w8 a8"]).eval()
     layer = opened.model.layers[0].mlp.up_proj
     x = torch.randn(1, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

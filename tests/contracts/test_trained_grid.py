@@ -185,6 +185,9 @@ W4 = {"bits": 4, "group_size": 32}
         ),
         (W4, CT | W4 | {"method": "rtn"}, "rounds anew"),
         (W4, CT | W4 | {"streaming": True}, "finds anew"),
+        (W4, CT | W4 | {"overrides": {"q_proj": {"bits": 8}}}, "overrides store"),
+        (W4, CT | W4 | {"smooth": {"method": "awq"}}, "smoothing moves"),
+        ({"bits": 8}, {"backend": "torchao", "bits": 8}, "points of its own"),
     ],
 )
 def test_another_grid_is_refused_before_any_work(

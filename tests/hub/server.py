@@ -48,6 +48,7 @@ class Commit:
 @dataclass
 class Repo:
     private: bool
+    gated: bool = False  # everybody sees that it is there; only its owner reads its files
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)  # branch, tag or refs/pr/N -> commit
 
@@ -89,8 +90,8 @@ class Answer(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-def missing(what: str, status: int = 404) -> Answer:
-    return Answer(status, {"error": f"{what} not found"}, X_Error_Code=f"{what}NotFound")
+def missing(what: str, status: int = 404, *, code: str = "") -> Answer:
+    return Answer(status, {"error": f"{what} not found"}, X_Error_Code=code or f"{what}NotFound")
 
 
 class Hub:
@@ -392,6 +393,8 @@ def validate_yaml(hub: Hub, call: Call) -> None:
 
 def resolve(hub: Hub, call: Call) -> None:
     found = hub.commit_of(call)
+    if hub.repo(call).gated and call.user != call.match["repo"].split("/")[0]:
+        raise missing("GatedRepo", 403 if call.user else 401, code="GatedRepo")
     blob = found.files.get(call.match["path"])
     if blob is None:
         raise Answer(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=found.oid)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +131,21 @@ def test_a_branch_and_a_pull_request_leave_main_alone(trusted: Hub, finished: Fi
         publish(folder, "alice/small", create_pr=True, revision="v1")
 
 
+def test_a_pull_request_holds_what_changed(trusted: Hub, finished: Finished) -> None:
+    folder = finished()
+    publish(folder, "alice/small")
+    repo = trusted.repos["alice/small"]
+    main = repo.at("main")
+    (folder / "README.md").write_text((folder / "README.md").read_text() + PROSE)
+    pull = publish(folder, "alice/small", create_pr=True)
+    asked = repo.at("refs/pr/1")
+    assert pull.changed
+    assert (asked.oid, asked.parent) == (pull.commit, main.oid)
+    assert repo.at("main") is main
+    assert {name for name in asked.files if asked.files[name] != main.files.get(name)} == {"README.md"}
+    assert asked.files["README.md"].data.decode().endswith(PROSE)
+
+
 def test_an_interrupted_upload_goes_on_where_it_stopped(trusted: Hub, finished: Finished) -> None:
     folder = finished("classifier")
     before = digests(folder)
@@ -190,6 +208,37 @@ def test_lasting_faults_end_in_one_clear_error(fault: Fault, says: str, trusted:
     assert "alice/small" not in trusted.repos or len(trusted.repos["alice/small"].commits) == 1
 
 
+@pytest.mark.parametrize(
+    ("fault", "waits"),
+    [
+        (Fault("POST", "/commit/", status=502, times=2), [2, 4]),
+        (Fault("POST", "/commit/", status=500, times=99), [2, 4, 8]),
+        (Fault("POST", "/commit/", status=400, times=99), []),  # what is refused stays refused
+        (Fault("POST", "/commit/", status=409, times=99), []),
+        (Fault("PUT", "/_blobs/", status=403, times=99), []),  # the client wraps it as the failure of one file
+    ],
+    ids=["passes", "lasts", "refused", "conflict", "refused upload"],
+)
+def test_only_what_may_pass_is_tried_again_and_later_each_time(
+    fault: Fault, waits: list[int], trusted: Hub, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[int] = []
+    monkeypatch.setattr(hf_compress.hub, "time", types.SimpleNamespace(sleep=slept.append))
+    trusted.faults.append(fault)
+    with contextlib.suppress(CompressError):
+        publish(finished(), "alice/small")
+    assert slept == waits
+    if fault.method == "POST":
+        assert fault.times == (0 if len(waits) == 2 else 99 - len(waits) - 1)
+
+
+def test_an_upload_for_a_pull_request_is_tried_again(trusted: Hub, finished: Finished) -> None:
+    """Only the commit that asks for it is not."""
+    trusted.faults.append(Fault("PUT", "/_blobs/", status=503, times=20))
+    assert publish(finished(), "alice/small", create_pr=True).pull_request
+    assert [name for name in trusted.repos["alice/small"].refs if name.startswith("refs/pr/")] == ["refs/pr/1"]
+
+
 def test_a_lost_pull_request_is_not_opened_twice(trusted: Hub, finished: Finished) -> None:
     trusted.faults.append(Fault("POST", "/commit/", drop="after"))
     with pytest.raises(CompressError, match="connection to the Hub failed"):
@@ -234,6 +283,19 @@ def test_what_does_not_verify_is_not_sent(online: Hub, finished: Finished) -> No
     with pytest.raises(CompressError, match="not as they were saved"):
         publish(folder, "alice/small")
     assert online.log == []
+
+
+def test_a_card_without_its_weights_is_not_sent(online: Hub, tmp_path: Path) -> None:
+    card = Path(__file__).parents[2] / "model_cards" / "quickstart"
+    folder = Path(shutil.copytree(card, tmp_path / "quickstart"))
+    before = sorted(folder.rglob("*"))
+    for verified in (True, False):
+        facts = json.loads((folder / "hf_compress.json").read_text())
+        (folder / "hf_compress.json").write_text(json.dumps(facts | ({} if verified else {"verify": None})))
+        with pytest.raises(CompressError, match=r"no config\.json here"):
+            publish(folder, "alice/small")
+    assert online.log == []
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_leftovers_of_an_earlier_version_go(trusted: Hub, finished: Finished) -> None:

@@ -15,7 +15,8 @@ from hf_compress.cli import main
 from hf_compress.errors import CompressError
 from hf_compress.hub import fetch, publish
 from hf_compress.remeasure import remeasure
-from tests.hub.conftest import ALICE
+from hf_compress.source import ModelSource, read_config
+from tests.hub.conftest import ALICE, BOB
 from tests.hub.server import Hub
 
 Finished = Callable[..., Path]
@@ -61,6 +62,23 @@ def test_publish_and_verify_as_commands(
         assert "hf auth login" in err
         assert "Traceback" not in err
         assert ALICE not in out + err
+
+
+def test_a_gated_model_says_how_to_get_it(
+    trusted: Hub, finished: Finished, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(finished("experts"), "alice/small")
+    trusted.repos["alice/small"].gated = True
+    for token in (BOB, ""):
+        monkeypatch.setenv("HF_TOKEN", token)
+        code, _, err = command("verify", "alice/small")
+        assert code == 1
+        assert "gated: its owner gives access to those who ask" in err
+        assert "no such repository" not in err
+        with pytest.raises(CompressError, match="the model is gated"):  # as what a recipe starts from
+            read_config(ModelSource(id="alice/small"))
+    monkeypatch.setenv("HF_TOKEN", ALICE)
+    assert read_config(ModelSource(id="alice/small")).model_type == "deepseek_v3"
 
 
 def test_changed_weights_and_typed_numbers_are_found(

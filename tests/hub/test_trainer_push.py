@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ def test_push_after_training(online: Hub, tmp_path: Path) -> None:
     ours = made(tmp_path / "small", eval_strategy="steps", eval_steps=2)
     with pytest.raises(CompressError, match="still at work"):
         ours.push_to_hub()
+    assert online.repos == {}  # nothing was made for what is not pushed
     ours.train()
     done = ours.push_to_hub(dataset="stanfordnlp/imdb", license="mit", private=True)
     repo = online.repos["alice/small"]
@@ -70,6 +72,56 @@ def test_push_while_training_and_at_its_end(trusted: Hub, tmp_path: Path) -> Non
     assert b"Training goes on" not in history[0].files["README.md"].data
     assert not [name for name in history[1].files if name.endswith((".bin", ".pt", ".pth"))]
     assert "verify/expectation.safetensors" in history[0].files
+
+
+def test_to_a_branch_in_the_background(trusted: Hub, tmp_path: Path) -> None:
+    ours = made(tmp_path / "out", hub_model_id="alice/mine", hub_private_repo=True, hub_revision="dev")
+    ours.train()
+    done = ours.push_to_hub("By night", blocking=False).result()
+    repo = trusted.repos["alice/mine"]
+    assert repo.private
+    assert repo.refs["dev"] == done.commit
+    assert repo.at("dev").message == "By night"
+    assert set(repo.at("main").files) == {".gitattributes"}
+    facts = json.loads(repo.at("dev").files["hf_compress.json"].data)
+    assert facts["name"] == "mine"
+    assert facts["in_progress"] is None
+    ours.push_to_hub(revision="other")
+    assert repo.refs["other"] != repo.refs["main"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "always", "pushed"),
+    [("every_save", False, []), ("every_save", True, ["waited", "step"]), ("end", True, [])],
+)
+def test_a_push_under_way_is_waited_for_or_left_to_the_next(
+    strategy: str, always: bool, pushed: list[str], online: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = made(tmp_path / "out", push_to_hub=True, hub_strategy=strategy, hub_always_push=always)
+    seen: list[str] = []
+    running = SimpleNamespace(is_done=lambda: False, wait_until_done=lambda: seen.append("waited"))
+    ours.push_in_progress = running
+    monkeypatch.setattr("hf_compress.trainer_push.push_step", lambda *_: seen.append("step"))
+    ours._push_from_checkpoint(str(tmp_path))
+    assert seen == pushed
+    ours.is_world_process_zero = lambda: False  # type: ignore[method-assign]
+    ours._push_from_checkpoint(str(tmp_path))
+    assert seen == pushed
+
+
+def test_adapters_alone_and_other_ranks(online: Hub, tmp_path: Path) -> None:
+    ours = made(tmp_path / "out", max_steps=1)
+    ours.train()
+    ours.model.peft_config = {}
+    with pytest.raises(CompressError, match="adapters alone"):
+        ours.push_to_hub()
+    with pytest.raises(CompressError, match="adapters alone"):
+        ours.create_model_card()
+    del ours.model.peft_config
+    ours.is_world_process_zero = lambda: False  # type: ignore[method-assign]
+    assert ours.push_to_hub() is None
+    assert online.repos == {}
+    assert not (tmp_path / "out" / "README.md").exists()
 
 
 def test_tokens_and_optimizers_stay(tmp_path: Path, online: Hub) -> None:

@@ -28,19 +28,22 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def test_all_that_the_field_uses_are_there() -> None:
-    wanted = "forward_kl reverse_kl jsd jsd_normalized skew_kl skew_reverse_kl total_variation"
+    wanted = "forward_kl reverse_kl jsd jsd_normalized skew_kl skew_reverse_kl total_variation alpha_beta"
     assert set(wanted.split()) == set(LOGIT)
 
 
 ODD = {"jsd": {"beta": 0.2}, "jsd_normalized": {"beta": 0.7}, "skew_kl": {"alpha": 0.4}}
 
 
+CASES = [(name, ODD.get(name, {})) for name in (*LOGIT, "mse")]
+CASES += [("alpha_beta", {"alpha": a, "beta": b}) for a, b in ((0.2, 0.7), (0.0, 0.6), (0.6, 0.0), (0.0, 1.0))]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-@pytest.mark.parametrize("name", [*LOGIT, "mse"])
-def test_gradient_is_that_of_finite_differences(name: str, temperature: float) -> None:
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_gradient_is_that_of_finite_differences(name: str, options: dict[str, float], temperature: float) -> None:
     """The value alone decides what the gradient must be; the closed form knows nothing of this."""
     student, teacher = logits()
-    options = ODD.get(name, {})
     _, gradient = SoftTargets(name, temperature, options)(student.clone(), teacher)
     step = 1e-5
     for column in range(student.shape[1]):
@@ -101,6 +104,35 @@ def test_skew_is_kl_at_zero_and_bounded() -> None:
         assert (value(name, student, teacher, alpha=0.1) <= -math.log(0.1)).all()
 
 
+def test_alpha_beta_has_the_known_divergences_at_its_corners_and_is_continuous_there() -> None:
+    student, teacher = logits()
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    for alpha, beta, expected in (
+        (1.0, 0.0, kl(teacher, student)),
+        (0.0, 1.0, kl(student, teacher)),
+        (0.5, 0.5, 2 * (p.sqrt() - q.sqrt()).square().sum(-1)),
+        (1.0, 1.0, (p - q).square().sum(-1) / 2),
+    ):
+        torch.testing.assert_close(value("alpha_beta", student, teacher, alpha=alpha, beta=beta), expected)
+        near = value("alpha_beta", student, teacher, alpha=alpha or 1e-5, beta=beta or 1e-5)
+        torch.testing.assert_close(near, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_taid_is_the_loss_at_one_and_has_no_gradient_at_zero() -> None:
+    student, teacher = logits()
+    for name in LOGIT:
+        whole = SoftTargets(name, 2.0)(student.clone(), teacher)
+        torch.testing.assert_close(SoftTargets(name, 2.0, share=1.0)(student.clone(), teacher), whole)
+        same, none = SoftTargets(name, 2.0, share=0.0)(student.clone(), teacher)
+        assert max(float(same.abs().max()), float(none.abs().max())) < 1e-9
+    found, gradient = SoftTargets("forward_kl", 2.0, share=0.3)(student.clone(), teacher)
+    between = 0.7 * student + 0.3 * teacher
+    torch.testing.assert_close(found, 4 * kl(between / 2, student / 2))
+    torch.testing.assert_close(
+        gradient, 2 * ((student / 2).softmax(-1) - (between / 2).softmax(-1))
+    )  # target detached
+
+
 def test_total_variation_is_half_the_absolute_difference() -> None:
     student, teacher = logits()
     expected = (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1) / 2
@@ -117,7 +149,15 @@ def test_finite_for_probabilities_that_underflow(name: str) -> None:
     assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize(("name", "options"), [("jsd", {"beta": 1.5}), ("skew_kl", {"alpha": 1.0})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("jsd", {"beta": 1.5}),
+        ("skew_kl", {"alpha": 1.0}),
+        ("alpha_beta", {"alpha": -0.1, "beta": 1.0}),
+        ("alpha_beta", {"alpha": 0.0, "beta": 0.0}),
+    ],
+)
 def test_options_out_of_range_are_named(name: str, options: dict[str, float]) -> None:
     with pytest.raises(CompressError, match=next(iter(options))):
         SoftTargets(name, 1.0, options)(*logits())

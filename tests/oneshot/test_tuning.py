@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.oneshot import Solved, Solver, precision, prune, run_blocks
+from hf_compress.grids import Grid, codes, fake_quantize, scales
+from hf_compress.oneshot import Solved, Solver, compress_blocks, precision, prune, run_blocks, solvers
 from hf_compress.oneshot.calls import Block, Call, first_call, halve
 from hf_compress.oneshot.memory import InMemory
-from hf_compress.oneshot.tuning import Tuning, tune
+from hf_compress.oneshot.tuning import Rounded, Tuning, _Levels, tune
 from hf_compress.patterns import mask_of
 from hf_compress.weights import Weight, blocks_of, weights
 from tests.models import tiny
@@ -108,6 +109,78 @@ def test_the_engine_tunes_after_it_has_solved() -> None:
         return float((ours - theirs).norm() / theirs.norm())
 
     assert distance(Tuning(epochs=6)) < 0.9 * distance(None)
+
+
+# Levels and scales
+
+
+@torch.no_grad()
+def rounded_block(name: str, grid: Grid) -> tuple[Block, list[Call], list[Weight], dict[str, Rounded]]:
+    """As `pruned_block`, then rounded to the nearest: pruned weights must stay 0."""
+    _, block, calls, found = pruned_block(name)
+    rounded = {}
+    for weight in found:
+        scale = scales(weight.matrix, grid)
+        ratio = (grid.groups(weight.matrix) / scale[..., None]).flatten(1)
+        rounded[weight.name] = Rounded(scale, ratio.masked_fill(weight.matrix == 0, torch.nan))
+        weight.matrix.copy_(fake_quantize(weight.matrix, scale, grid))
+    return block, calls, found, rounded
+
+
+@pytest.mark.parametrize("grid", [Grid(3, 32), Grid(4, 32, "nf4")])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
+def test_levels_move_on_their_grid_and_the_error_falls(name: str, grid: Grid) -> None:
+    block, calls, found, rounded = rounded_block(name, grid)
+    first, before = error(block, calls), {w.name: w.matrix.clone() for w in found}
+    start = {name: each.scale for name, each in rounded.items()}
+    tune(block, calls, found, Tuning(20, 0.05, lambda name: grid), rounded)
+    assert error(block, calls) < 0.9 * first
+    changed = 0
+    for weight in found:
+        new = rounded[weight.name]
+        pruned = new.ratio.isnan()
+        assert (weight.matrix[pruned] == 0).all()
+        assert (fake_quantize(weight.matrix, new.scale, grid) - weight.matrix).abs().max() < 1e-6
+        changed += int(
+            (codes(weight.matrix, new.scale, grid) != codes(before[weight.name], start[weight.name], grid)).sum()
+        )
+    assert changed > 100
+    assert any(not torch.equal(rounded[name].scale, start[name]) for name in start)
+
+
+def test_gradients_of_levels_and_scales_are_those_of_autograd() -> None:
+    """Straight through the rounding, and through the clipping where nothing is beyond the grid."""
+    grid = Grid(3, 32)
+    _, _, found, rounded = rounded_block("llama", grid)
+    weight = found[0]
+    given = rounded[weight.name]
+    given.ratio = given.ratio.clone()
+    given.ratio[0, :4] = 9.0  # beyond the grid
+    mover = _Levels(weight, given, grid, 0.01)
+    weight.whole.grad = torch.randn(weight.whole.shape, generator=torch.Generator().manual_seed(0))
+    mover.pull()
+    ratio, factor = (t.detach().clone().requires_grad_() for t in (mover._ratio, mover._factor))
+    straight = ratio + (mover._level - ratio).detach()
+    values = (grid.groups(straight) * (given.scale * factor)[..., None]).flatten(1)
+    (values * weight.of(weight.whole.grad)).sum().backward()
+    expected = ratio.grad.masked_fill(given.ratio.isnan(), 0)
+    expected[0, :4] = 0
+    torch.testing.assert_close(mover._ratio.grad, expected)
+    torch.testing.assert_close(mover._factor.grad, factor.grad)
+    assert (expected[:, :4] == 0).sum() > 3
+
+
+def test_the_rounding_solver_tunes_and_reports_the_scales_it_ends_with() -> None:
+    def distance(epochs: int) -> float:
+        model, dense, grid = tiny("llama"), tiny("llama"), Grid(2, 32)
+        report = compress_blocks(model, batches(), solvers["gptq"](grid=grid, epochs=epochs, rate=0.05))
+        for weight in weights(model):
+            assert (fake_quantize(weight.matrix, report.scales[weight.name], grid) - weight.matrix).abs().max() < 1e-6
+        with torch.no_grad():
+            ours, theirs = (m(**batches()[0]).logits for m in (model, dense))
+        return float((ours - theirs).norm() / theirs.norm())
+
+    assert distance(10) < 0.9 * distance(0)
 
 
 # bfloat16

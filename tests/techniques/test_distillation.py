@@ -101,11 +101,12 @@ def test_bad_teachers_are_refused_before_training(teacher: dict, options: dict, 
         trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", **teacher), **options)])
 
 
-def test_teacher_with_nan_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunked", [False, True])
+def test_teacher_with_nan_is_named(chunked: bool, tmp_path: Path) -> None:
     teacher = tiny("llama")
     teacher.lm_head.weight.data[0] = torch.nan
     with pytest.raises(CompressError, match="teacher's logits"):
-        trainer(tiny("llama"), tmp_path, [Distillation(teacher)]).train()
+        trainer(tiny("llama"), tmp_path, [Distillation(teacher, chunked=chunked)]).train()
 
 
 def test_one_technique_of_a_kind_one_run_a_trainer_and_known_heads(tmp_path: Path) -> None:

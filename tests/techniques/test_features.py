@@ -11,6 +11,7 @@ from hf_compress.errors import CompressError
 from hf_compress.techniques.capture import Capture
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.features import layer_map
+from tests.contracts.test_loss_scale import models
 from tests.models import CAUSAL, tiny
 from tests.training import collate, rows, trainer
 
@@ -88,6 +89,26 @@ def test_layer_maps() -> None:
     ):
         with pytest.raises(CompressError, match=message):
             layer_map(wrong, 3, 6, where="")
+
+
+def test_routers_are_compared_where_there_are_some(tmp_path: Path) -> None:
+    """The first block of a DeepSeek model is dense: a map from dense to dense is left out, one to a router refused."""
+    student, teacher = tiny("deepseek_v3"), tiny("deepseek_v3", seed=1, num_hidden_layers=3)
+
+    def pairs(mapped: Any) -> list[tuple[int, int]]:
+        technique = Distillation(teacher, features={"router_kl": 1.0}, layer_map=mapped)
+        trainer(student, tmp_path, [technique])
+        return technique._terms[0].pairs
+
+    assert pairs([0, 2]) == pairs(None) == [(1, 2)]
+    with pytest.raises(CompressError, match="no router"):
+        pairs([1, 2])
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    student, teacher = models("t5")
+    with pytest.raises(CompressError, match="two stacks of blocks"):
+        trainer(student, tmp_path, [Distillation(teacher, features={"hidden_mse": 1.0})])
 
 
 def test_each_feature_lowers_itself(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hf_compress.teacher_cache import cache_teacher
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.offline import Cache, Sampled, TopK, row_key
 from hf_compress.techniques.soft_targets import SoftTargets
+from tests.contracts.test_loss_scale import models
 from tests.models import tiny
 from tests.training import WORDS, collate, rows, save_reviews, save_tokenizer, trainer
 
@@ -187,6 +188,20 @@ def test_a_teacher_with_nan_writes_nothing(teacher: Path, tmp_path: Path) -> Non
     with pytest.raises(CompressError, match="not finite"):
         write(tmp_path / "teacher", tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.parquet"))
+
+
+def test_encoder_decoders_and_classifiers_have_no_cache(tmp_path: Path) -> None:
+    student, teacher = models("t5")
+    teacher.save_pretrained(tmp_path / "t5")
+    save_tokenizer(tmp_path / "t5")
+    with pytest.raises(CompressError, match="only causal"):
+        trainer(student, tmp_path, [Distillation(teacher_cache=str(tmp_path / "cache"))])
+    tiny("bert").save_pretrained(tmp_path / "bert")
+    save_tokenizer(tmp_path / "bert")
+    for kind in ("t5", "bert"):
+        with pytest.raises(CompressError, match="causal"):
+            write(tmp_path / kind, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_rows_are_told_apart_by_tokens_and_labels() -> None:

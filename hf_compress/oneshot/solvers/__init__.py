@@ -17,17 +17,19 @@ from hf_compress.oneshot.tuning import Tuning
 from hf_compress.registry import Registry
 from hf_compress.weights import Weight
 
-CALIBRATED = frozenset({"input_norm", "hessian", "drift", "folds"})
+CALIBRATED = frozenset({"input_norm", "input_max", "hessian", "drift", "folds"})
 """What `Solver.needs` may name; ``drift`` brings `Statistics.residual` too, where the output joins the stream."""
 
 
 @dataclass(frozen=True)
 class Solved:
     """New values of a matrix, (out, in). scale: (out, groups), the grid they lie on, when the solver chose one: a
-    container then stores exactly these codes instead of finding a scale of its own."""
+    container then stores exactly these codes instead of finding a scale of its own. ratio: (out, in), values / scale
+    before rounding, NaN where the level is fixed; what `tune` starts from."""
 
     values: Tensor
     scale: Tensor | None = None
+    ratio: Tensor | None = None
 
 
 @dataclass(frozen=True)

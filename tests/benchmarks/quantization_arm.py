@@ -1,0 +1,143 @@
+"""One arm of `quantization_quality.py`, a process (for a peer an environment) of its own: quantize, measure, write.
+
+    python tests/benchmarks/quantization_arm.py --library ours --method gptq --scheme w3 --group 64 \\
+        --model FOLDER --tokens tokens.safetensors --seed 0 --out arm.json
+
+Schemes: w8, w4, w3, w2 (symmetric integers in groups), nf4 (bitsandbytes' blocks of 64), int8 (rows). CPU seconds and
+peak resident memory cover loading the model and quantizing it, above the process with its libraries imported.
+Perplexity and KL to the dense model are taken afterwards from the weights as their container decodes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pruning_arm import Peak, answers, dense_answers, load
+
+LEFT = ["re:.*lm_head"]  # a plain "lm_head" does not spare the head
+
+
+def by_llm_compressor(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
+    """GPTQ at its strongest: scales searched under the inputs' importance, static act-order."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
+    model = load(args.model)
+    left = LEFT + (["re:.*kv_b_proj"] if getattr(model.config, "kv_lora_rank", None) else [])
+    weights = QuantizationArgs(
+        num_bits=int(args.scheme[1:]),
+        symmetric=True,
+        strategy="group",
+        group_size=args.group,
+        observer="imatrix_mse",
+        actorder="static",
+    )
+    group = QuantizationScheme(targets=["Linear"], weights=weights)
+    rows = Dataset.from_list([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids])
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(args.model),
+        recipe=GPTQModifier(config_groups={"group_0": group}, ignore=left),
+        dataset=rows,
+        num_calibration_samples=len(ids),
+        max_seq_length=ids.shape[1],
+        shuffle_calibration_samples=False,
+    )
+    return model
+
+
+def by_auto_round(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
+    """200 iterations of 4 sequences: its default of 8 x 2048 tokens takes hours on two cores."""
+    from auto_round import AutoRound
+
+    model, tokenizer = load(args.model), AutoTokenizer.from_pretrained(args.model)
+    rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids]
+    rounding = AutoRound(
+        model,
+        tokenizer,
+        bits=int(args.scheme[1:]),
+        group_size=args.group,
+        sym=True,
+        iters=args.iterations,
+        nsamples=len(ids),
+        seqlen=ids.shape[1],
+        batch_size=4,
+        dataset=rows,
+        device_map="cpu",
+        amp=False,
+    )
+    found, _ = rounding.quantize()
+    return found
+
+
+def by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
+    from hf_compress.backends import backends
+    from hf_compress.families import expert_options
+    from hf_compress.oneshot import compress_blocks, solvers
+    from hf_compress.weights import weights
+
+    bits = 4 if args.scheme in ("nf4", "nf4-double") else 8 if args.scheme == "int8" else int(args.scheme[1:])
+    entry = backends.entry("compressed-tensors" if args.scheme.startswith("w") else "bitsandbytes")
+    options: dict[str, Any] = {"double_quant": True} if args.scheme == "nf4-double" else {}
+    group = args.group if args.scheme.startswith("w") else None
+    model = load(args.model, **expert_options(AutoConfig.from_pretrained(args.model)))
+    solver = solvers[args.method](grid=entry.traits["grid"](bits=bits, group_size=group, **options), **args.options)
+    stored = entry.traits["stores"]
+    only = [w.name for w in weights(model) if not isinstance(stored(w, bits=bits, group_size=group), str)]
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(2)]
+    compress_blocks(model, batches if solver.needs else [], solver, only=only)
+    return model
+
+
+LIBRARIES = {"ours": by_us, "llm-compressor": by_llm_compressor, "auto-round": by_auto_round}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", choices=list(LIBRARIES), required=True)
+    parser.add_argument("--method", default="", help="our solver: rtn, gptq")
+    parser.add_argument("--scheme", required=True)
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--options", type=json.loads, default={}, help="further options of our solver, as JSON")
+    parser.add_argument("--iterations", type=int, default=200, help="of AutoRound")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokens", required=True, help="safetensors with `heldout` and `calibration-SEED`")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tokens = load_file(args.tokens)
+    if args.library == "ours":
+        import hf_compress.backends
+        import hf_compress.oneshot  # noqa: F401  imported before memory and time count
+    elif args.library == "auto-round":
+        import auto_round  # noqa: F401
+    else:
+        import llmcompressor.modifiers.quantization  # noqa: F401
+    with Peak() as peak:
+        wall, cpu = time.time(), time.process_time()
+        model = LIBRARIES[args.library](args, tokens[f"calibration-{args.seed}"])
+        cpu, wall = time.process_time() - cpu, time.time() - wall
+    kept = ("library", "method", "scheme", "group", "options", "iterations", "seed")
+    found: dict[str, Any] = {key: getattr(args, key) for key in kept}
+    found |= {"cpu_seconds": cpu, "wall_seconds": wall, "peak_mb": peak.megabytes}
+    found |= answers(model.eval().float(), dense_answers(args, tokens["heldout"]), tokens["heldout"])
+    part = args.out.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.rename(args.out)
+
+
+if __name__ == "__main__":
+    main()
