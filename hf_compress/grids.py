@@ -47,10 +47,12 @@ class Grid:
 
     @property
     def largest(self) -> float:
-        """The magnitude that levels reach on both sides."""
+        """The magnitude that levels reach on both sides; of a codebook, on either."""
         if self.kind == "int":
             return float((1 << (self.bits - 1)) - 1)
         levels = self.levels()
+        if self.kind == "codebook":
+            return max(-levels[0], levels[-1]) or 1.0  # a matrix of zeros has no other level
         return min(-levels[0], levels[-1])
 
     def levels(self) -> tuple[float, ...]:
@@ -301,4 +303,5 @@ def k_means(matrix: Tensor, bits: int, group_size: int | None = None, *, steps: 
         mean = ((totals[bounds[1:]] - totals[bounds[:-1]]) / count.clamp_min(1)).float()
         levels = torch.where(count > 0, mean, levels).sort().values
     levels[levels.abs().argmin()] = 0
+    levels = levels.sort().values
     return Grid(bits, group_size, "codebook", tuple(levels.tolist()))

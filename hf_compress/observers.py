@@ -38,7 +38,7 @@ class Seen:
 
     def grow(self, magnitude: float) -> None:
         """Widen the histogram so that it holds +-magnitude."""
-        wanted = max(self.exponent, math.frexp(magnitude)[1])
+        wanted = max(self.exponent, math.frexp(magnitude)[1] if magnitude else _SMALLEST)
         if wanted > self.exponent:
             old = torch.arange(2 * HALF) - HALF
             places = HALF + torch.div(old, 2.0 ** min(wanted - self.exponent, 64), rounding_mode="floor").long()
@@ -66,7 +66,7 @@ Observer = Callable[[Seen, int], tuple[float, float]]
 def affine(low: float, high: float, bits: int) -> tuple[float, int]:
     """Scale and zero: levels 0 .. 2^b - 1 span the range, and 0 lies exactly on level `zero`."""
     steps = (1 << bits) - 1
-    scale = (high - low) / steps if high > low else 1.0
+    scale = (high - low) / steps if high > low else 1e-30  # nothing but zeros: clip to 0
     return scale, min(steps, max(0, round(-low / scale)))
 
 
@@ -127,8 +127,7 @@ def entropy(seen: Seen, bits: int) -> tuple[float, float]:
 
 def _divergence(seen: Seen, low: float, high: float, bits: int) -> float:
     width = 2.0**seen.exponent / HALF
-    first, last = math.floor(low / width) + HALF, min(2 * HALF - 1, math.ceil(high / width) - 1 + HALF)
-    last = max(first, last)
+    first, last = (math.floor(end / width) + HALF for end in (low, high))
     inner = seen.counts[first : last + 1].double()
     clipped = inner.clone()
     clipped[0] += seen.counts[:first].sum()

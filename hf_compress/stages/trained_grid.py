@@ -62,6 +62,8 @@ def _check_stores(stage: Quantize, qat: QAT, name: str, between: str, *, where: 
         f"double_quant rounds the scales that {name} trained with": bool(stage.options.get("double_quant")),
         f"{stage.method} rounds anew what {name} trained": stage.method is not None,
         f"streaming finds anew the scales that {name} trained": stage.streaming,
+        f"overrides store some weights on another grid than {name} trained": bool(stage.overrides),
+        f"smoothing moves the weights off the grid that {name} trained": stage.smooth is not None,
     }
     for what, is_so in wrong.items():
         if is_so:

@@ -32,7 +32,8 @@ def check_options(options: QAT) -> None:
     wrong = {
         (f"{options.bits} bits are not between 2 and 8", "bits"): not 2 <= options.bits <= 8,
         (f"{options.kind} has 4 bits", "bits"): options.kind in ("nf4", "fp4") and options.bits != 4,
-        (f"group size {options.group_size} is not positive", "group_size"): (options.group_size or 1) < 1,
+        (f"group size {options.group_size} is not positive", "group_size"): options.group_size is not None
+        and options.group_size < 1,
         (f"{acts} bits are not between 2 and 8", "activations"): acts is not None and not 2 <= acts <= 8,
         ("ranges are of activations, and those are not rounded", "ranges"): acts is None and options.ranges != "token",
         (f"{options.percentile} is no percentage above 50", "percentile"): not 50 < options.percentile <= 100,

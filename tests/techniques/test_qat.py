@@ -1,55 +1,265 @@
 """What is trained is what ships: rounding is seen in the forward, absent from the state_dict, and left in the weights
 at the end."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import TrainerCallback
 
 from hf_compress.errors import CompressError
-from hf_compress.grids import Grid, codes, fake_quantize, fake_quantize_ste, scales
+from hf_compress.grids import Grid, codes
+from hf_compress.techniques.distillation import Distillation
+from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
+from hf_compress.techniques.rounding import Rounding
+from hf_compress.trainer import QATTrainer
 from hf_compress.weights import weights
 from tests.models import tiny
-from tests.training import trainer
+from tests.training import collate, rows, trainer
 
 IDS = torch.arange(3, 19)[None]
+SMALL = {"num_hidden_layers": 1}
+EVERY = {
+    "absmax": {"bits": 4, "group_size": 32},
+    "learned": {"bits": 3, "group_size": 32, "method": "lsq"},
+    "two bits": {"bits": 2, "method": "lsq", "scale_start": "mean"},
+    "nf4": {"kind": "nf4", "group_size": 64, "method": "lsq"},
+    "fp4": {"kind": "fp4", "group_size": 16},
+    "powers": {"kind": "powers", "bits": 3, "freeze_after": 1},
+    "codebook": {"kind": "codebook", "bits": 3, "group_size": 32, "method": "lsq"},
+    "offset": {"kind": "uint", "bits": 4, "group_size": 32, "method": "lsq"},
+}
+FULL = {"bits": 4, "group_size": 32, "method": "lsq", "activations": 8, "ranges": "percentile"}
 
 
-@pytest.mark.parametrize("grid", [Grid(8), Grid(4, 16), Grid(3, 8)])
-def test_rounding_is_within_half_a_step_idempotent_and_keeps_zero(grid: Grid) -> None:
-    matrix = torch.randn(6, 32)
-    matrix[0] = 0
-    matrix[:, ::3] = 0
-    scale = scales(matrix, grid)
-    once = fake_quantize(matrix, scale, grid)
-    step = scale.repeat_interleave(32 // scale.shape[1], 1)
-    assert ((once - matrix).abs() <= step / 2 + 1e-6).all()
-    assert (once[matrix == 0] == 0).all()
-    assert torch.equal(codes(once, scales(once, grid), grid), codes(matrix, scale, grid))
+class Watch(TrainerCallback):
+    """What the student answers after each step, in evaluation mode."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self.student, self.logits = student, list[torch.Tensor]()
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        self.logits.append(self.student.eval()(IDS).logits)
+        self.student.train()
 
 
-def test_gradient_passes_straight_through() -> None:
-    matrix = torch.randn(4, 8, requires_grad=True)
-    upstream = torch.randn(4, 8)
-    (fake_quantize_ste(matrix, Grid(4)) * upstream).sum().backward()
-    assert torch.equal(matrix.grad, upstream)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3", "bert"])
-def test_forward_during_training_equals_the_finalized_model(name: str, tmp_path: Path) -> None:
-    model = tiny(name)
+@pytest.mark.parametrize("options", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("name", ["gpt2", "deepseek_v3"])
+def test_the_forward_during_training_is_the_finalized_model(name: str, options: dict, tmp_path: Path) -> None:
+    layers = {"n_layer": 1} if name == "gpt2" else {"num_hidden_layers": 2}
+    model = tiny(name, **layers)
     keys, dense = set(model.state_dict()), model(IDS).logits
-    run = trainer(model, tmp_path, [QAT(4, 32)], max_steps=2)
+    qat = QAT(**options)
+    run = trainer(model, tmp_path, [qat], max_steps=2, learning_rate=1e-3)
     with torch.no_grad():
-        simulated = run.model.eval()(IDS).logits
-    assert not torch.allclose(simulated, dense, atol=1e-3)
+        assert not torch.allclose(run.model.eval()(IDS).logits, dense, atol=1e-3)
     assert set(run.model.state_dict()) == keys
-    run.techniques[0].finalize(run.model)
+    watch = Watch(model)
+    run.add_callback(watch)
+    run.train()
     with torch.no_grad():
-        torch.testing.assert_close(run.model(IDS).logits, simulated, atol=1e-5, rtol=1e-4)
+        assert torch.equal(run.model.eval()(IDS).logits, watch.logits[-1])
+    assert set(run.model.state_dict()) == keys
+    assert qat.scales.keys() == {w.name for w in weights(model)}
+    for weight in weights(model):
+        scale = qat.scales[weight.name]
+        shape = (weight.shape[0], weight.shape[1] // (options.get("group_size") or weight.shape[1]))
+        assert scale.shape == shape
+        each = weight.matrix.unflatten(1, (shape[1], -1))[0, 0]
+        assert len(each.unique()) <= 1 << options.get("bits", 4)
+        if options.get("kind", "int") == "int":
+            level = codes(weight.matrix, scale, Grid(options["bits"], options.get("group_size")))
+            assert torch.equal((level.unflatten(1, (shape[1], -1)) * scale[..., None]).flatten(1), weight.matrix)
+
+
+def test_rounding_begins_late_and_scales_freeze(tmp_path: Path) -> None:
+    def losses(*techniques):
+        run = trainer(tiny("llama", **SMALL), tmp_path, list(techniques), max_steps=8, learning_rate=1e-3)
+        seen: dict[int, torch.Tensor] = {}
+
+        class Look(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if techniques:
+                    seen[state.global_step] = techniques[0]._roundings[0].theta.detach().clone()
+
+        run.add_callback(Look())
+        run.train()
+        return [e["loss"] for e in run.state.log_history if "loss" in e], seen
+
+    dense, _ = losses()
+    late, theta = losses(QAT(2, method="lsq", begin=0.5, freeze_after="6 steps"))
+    assert late[:4] == dense[:4]
+    assert late[4] != dense[4]
+    assert torch.equal(theta[1], theta[4])
+    assert not torch.equal(theta[5], theta[6])
+    assert torch.equal(theta[6], theta[8])
+    fresh = trainer(tiny("llama", **SMALL), tmp_path, [QAT(2, begin="5 steps")], max_steps=4)
+    with pytest.raises(CompressError, match="begins at step 5, and the run has 4"):
+        fresh.train()
+    fresh = trainer(tiny("llama", **SMALL), tmp_path, [QAT(2, begin="3 steps", freeze_after=0.5)], max_steps=4)
+    with pytest.raises(CompressError, match="freeze at step 2"):
+        fresh.train()
+    assert not _attached(QAT(4, begin=0.5)).settled(0, 8)
+
+
+def test_a_frozen_range_clips_what_grows(tmp_path: Path) -> None:
+    qat = QAT(4, freeze_after="1 step")
+    run = trainer(tiny("llama", **SMALL), tmp_path, [qat], max_steps=4, learning_rate=0.1)
+    before = [r.parts[0].matrix.abs().amax(1) for r in qat._roundings]
+    run.train()
+    for weight, first in zip(weights(run.model), before, strict=True):
+        assert (weight.matrix.abs().amax(1) <= 8 / 7 * (first + 0.1 + 1e-5)).all()  # one step of 0.1 came before
+    assert all(r.frozen for r in qat._roundings)
+
+
+def test_gradients_of_learned_scales(tmp_path: Path) -> None:
+    weight = weights(tiny("llama", **SMALL))[0]
+    rounding = Rounding([weight], Grid(3, 16), learn=True)
+    rounding.begin(weight.whole)
+    scale = (rounding._kept["sign"] * rounding.theta.detach().exp())[..., None]
+    upstream = torch.randn(weight.shape)
+    (rounding(weight.whole) * upstream).sum().backward()
+    v = weight.matrix.unflatten(1, (-1, 16)) / scale
+    each = torch.where((v > -4) & (v < 3), v.round().clamp(-4, 3) - v, v.round().clamp(-4, 3))
+    expected = (each * upstream.unflatten(1, (-1, 16)) * scale).sum(-1) / (16 * 3) ** 0.5
+    torch.testing.assert_close(rounding.theta.grad, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_scales_neither_vanish_nor_change_sign(tmp_path: Path) -> None:
+    qat = QAT(3, 16, method="lsq")
+    run = trainer(tiny("llama", **SMALL), tmp_path, [qat], max_steps=6, learning_rate=0.3, max_grad_norm=0)
+    before = {r.name: r._kept["sign"].clone() for r in qat._roundings}
+    run.train()
+    for name, scale in qat.scales.items():
+        assert torch.isfinite(scale).all()
+        assert torch.equal(scale.sign(), before[name])
+        assert (scale != 0).all()
+
+
+def test_learned_scales_train_at_a_rate_of_their_own_without_decay(tmp_path: Path) -> None:
+    run = trainer(tiny("llama", **SMALL), tmp_path, [QAT(4, method="lsq")], learning_rate=1e-3, weight_decay=0.1)
+    group = run.create_optimizer().param_groups[-1]
+    assert (group["lr"], group["weight_decay"]) == (1e-2, 0.0)
+    assert len(group["params"]) == len(weights(run.model))
+
+
+class Deaf(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self._parameters["weight"], self.bias)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_layer_that_does_not_read_its_rounded_weight_is_an_error(frozen: bool, tmp_path: Path) -> None:
+    model = tiny("llama", **SMALL)
+    model.model.layers[0].mlp.up_proj.__class__ = Deaf
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(not frozen)
+    with pytest.raises(CompressError, match="did not read it") as error:
+        trainer(model, tmp_path, [QAT(4)]).train()
+    assert "mlp.up_proj.weight" in str(error.value)
+
+
+def test_the_same_for_adapters(tmp_path: Path) -> None:
+    model = tiny("llama", **SMALL)
+    student = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4))
+    run = trainer(student, tmp_path, [QAT(4)])
+    model.model.layers[0].mlp.up_proj.get_base_layer().__class__ = Deaf
+    with pytest.raises(CompressError, match="did not read it"):
+        run.train()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_zeros_stay_under_learned_and_pinned_grids(adapted: bool, tmp_path: Path) -> None:
+    model: Any = tiny("llama", **SMALL)
+    student = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4)) if adapted else model
+    qat = QAT(kind="nf4", group_size=64, method="lsq")
+    run = trainer(student, tmp_path, [Pruning(0.5, "2:4", schedule="oneshot"), qat], max_steps=3)
+    watch = Watch(student)
+    run.add_callback(watch)
+    run.train()
     for weight in weights(run.model):
-        assert len(weight.matrix.unflatten(1, (-1, 32))[0, 0].unique()) <= 15
+        assert ((weight.matrix.reshape(-1, 4) != 0).sum(1) <= 2).all()
+    with torch.no_grad():
+        torch.testing.assert_close(run.model.eval()(IDS).logits, watch.logits[-1], atol=1e-5, rtol=1e-5)
+
+
+def trained(folder: Path, options: dict, **args: Any) -> dict[str, torch.Tensor]:
+    qat, model = QAT(**options), tiny("llama", **SMALL)
+    settings = {"max_steps": 3, "optim": "sgd", "learning_rate": 1e-2, "train_sampling_strategy": "sequential"}
+    run = trainer(model, folder, [qat], **(settings | args))
+    run.train()
+    found = {k: v.clone() for k, v in run.model.state_dict().items()} | {
+        f"scale {k}": v for k, v in qat.scales.items()
+    }
+    ranges = qat._inputs.ranges if qat._inputs is not None else {}
+    return found | {f"range {k}": torch.tensor(v) for k, v in ranges.items()}
+
+
+def test_accumulation_equals_one_batch(tmp_path: Path) -> None:
+    one = trained(tmp_path, FULL, per_device_train_batch_size=4)
+    four = trained(tmp_path, FULL, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert any(key.startswith("range") for key in one)
+    torch.testing.assert_close(four, one, atol=2e-5, rtol=1e-3)
+
+
+def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
+    torch.testing.assert_close(trained(tmp_path, FULL, activation_checkpointing=True), trained(tmp_path, FULL))
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    one = trained(tmp_path, FULL, per_device_train_batch_size=4)
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys, torch\nfrom pathlib import Path\nfrom tests.techniques.test_qat import FULL, trained\n"
+        "w = trained(Path(sys.argv[1]), FULL, per_device_train_batch_size=2)\n"
+        "import torch.distributed as dist\nassert dist.get_world_size() == 2\n"
+        "if dist.get_rank() == 0: torch.save(w, sys.argv[1] + '/two.pt')\ndist.destroy_process_group()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29627"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(torch.load(tmp_path / "two.pt"), one, atol=2e-5, rtol=1e-3)
+
+
+RESUMED = {
+    "learned": FULL | {"begin": "2 steps", "freeze_after": "4 steps"},
+    "codebook": {"kind": "codebook", "bits": 3, "freeze_after": "3 steps", "activations": 8},
+}
+
+
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
+def test_resumed_at_any_step_equals_uninterrupted(options: dict, tmp_path: Path) -> None:
+    def begin(seed: int):
+        settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
+        return trainer(tiny("llama", seed=seed, **SMALL), tmp_path, [QAT(**options)], **settings)
+
+    whole = begin(0)
+    whole.train()
+    expected = {k: v.clone() for k, v in whole.model.state_dict().items()}
+    for step in (1, 2, 3, 5):
+        resumed = begin(5)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        found = resumed.model.state_dict()
+        assert all(torch.equal(found[k], expected[k]) for k in expected), step
+        for name, scale in whole.techniques[0].scales.items():
+            assert torch.equal(resumed.techniques[0].scales[name], scale)
+    learned = {"method": "lsq", "bits": 4, "group_size": 16, "kind": "int"}
+    other = trainer(tiny("llama", **SMALL), tmp_path, [QAT(**(options | learned))])
+    with pytest.raises(CompressError, match="not those of this run"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
@@ -60,6 +270,67 @@ def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
     assert all(w.attribute not in w.module.__dict__ for w in weights(run.model))
 
 
-def test_group_size_must_divide(tmp_path: Path) -> None:
-    with pytest.raises(CompressError, match="does not divide"):
-        trainer(tiny("llama"), tmp_path, [QAT(4, 48)])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama", {"bits": 9}, "not between 2 and 8"),
+        ("llama", {"bits": 3, "kind": "nf4"}, "nf4 has 4 bits"),
+        ("llama", {"kind": "int8"}, "unknown kind"),
+        ("llama", {"method": "lsqq"}, "did you mean 'lsq'"),
+        ("llama", {"group_size": 0}, "not positive"),
+        ("llama", {"group_size": 48}, r"does not divide(.|\n)*layers.0.self_attn.q_proj.weight"),
+        ("llama", {"ranges": "mse"}, "those are not rounded"),
+        ("llama", {"activations": 8, "ranges": "histogram"}, "unknown ranges"),
+        ("llama", {"activations": 8, "ranges": "percentile", "percentile": 20}, "no percentage"),
+        ("llama", {"begin": 1.0}, "begins where the run ends"),
+        ("llama", {"begin": "sometime"}, "no moment of a run"),
+        ("llama", {"begin": 0.5, "freeze_after": 0.25}, "freeze before rounding begins"),
+        ("llama", {"scale_rate": 0.0}, "does not train"),
+        ("llama", {"skip": ["q_prj"]}, "did you mean 'q_proj'"),
+        ("deepseek_v3", {"skip": [r"down_proj\.2$"]}, "some experts of one parameter"),
+        ("deepseek_v3", {"bits": 8, "activations": 8}, "stacked experts cannot be rounded"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(name: str, options: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match=message):
+        trainer(tiny(name), tmp_path, [QAT(**options)])
+
+
+def test_a_teacher_under_the_student_is_not_rounded(tmp_path: Path) -> None:
+    student = get_peft_model(tiny("llama", **SMALL), LoraConfig(target_modules="all-linear", r=4))
+    with pytest.raises(CompressError, match="rounded activations too"):
+        trainer(student, tmp_path, [Distillation("base"), QAT(8, activations=8)])
+
+
+def test_what_no_container_stores_is_said() -> None:
+    assert "no container stores powers" in _facts(QAT(kind="powers"))["notes"][0]
+    assert "no container stores nf4 with a row" in _facts(QAT(kind="nf4"))["notes"][0]
+    assert "unrounded" in _facts(QAT(8, activations=8, ranges="mse"))["notes"][0]
+    assert _facts(QAT(8, activations=8))["notes"] == _facts(QAT(kind="nf4", group_size=64))["notes"] == []
+    with pytest.raises(CompressError, match="when train"):
+        _ = _attached(QAT(4)).scales
+
+
+def _attached(qat: QAT) -> QAT:
+    qat.attach(tiny("llama", **SMALL))
+    return qat
+
+
+def _facts(qat: QAT) -> dict[str, Any]:
+    return _attached(qat).facts()
+
+
+def test_qat_trainer_takes_every_field(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, disable_tqdm=True, save_strategy="no")
+    run = QATTrainer(
+        tiny("llama", **SMALL),
+        bits=3,
+        method="lsq",
+        begin="0 steps",
+        args=args,
+        train_dataset=rows(),
+        data_collator=collate,
+    )
+    assert (run.techniques[0].bits, run.techniques[0].method) == (3, "lsq")
