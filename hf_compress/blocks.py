@@ -12,7 +12,9 @@ from safetensors import safe_open
 from hf_compress.source import ModelSource, load_meta
 from hf_compress.weights import weights
 
-_PART = re.compile(r"(?P<module>.*)\.(?:weight|SCB|qweight)(?:[._].*)?")  # a matrix, its scales, its codes
+_PART = re.compile(
+    r"(?P<module>.*)\.(?:weight|SCB|qweight|qzeros|scales|g_idx)(?:[._].*)?"
+)  # a matrix, its scales, its codes
 
 
 def block_profile(folder: Path, task: str, *, zeros: bool) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,18 @@ def environment(name: str) -> Environment:
     if name not in known:
         raise CompressError(f"no environment {name!r}", next_step=did_you_mean(name, known))
     return known[name]
+
+
+def python_for(folder: Path) -> Path:
+    """The Python that opens a checkpoint: ours, or that of the environment its container's library lives in.
+
+    Raises:
+        CompressError: that environment is not built.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    if (config.get("quantization_config") or {}).get("quant_method") != "gptq" or find_spec("gptqmodel"):
+        return Path(sys.executable)
+    return environment("gptq").require(what="opening a GPTQ checkpoint", where=str(folder))
 
 
 def add(name: str, *, say: Say = lambda _: None) -> Path:

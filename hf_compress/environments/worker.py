@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_compress.environments import Say, clean_environment
+from hf_compress.environments import Say, clean_environment, environment
 from hf_compress.errors import CompressError
 
+EXPECTATION = "expectation.safetensors"  # what the worker that wrote a folder was answered by it
 WORKERS = Path(__file__).with_name("workers")
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -93,6 +94,27 @@ class Answers:
 def _apart(tensor: Tensor) -> Tensor:
     """A copy: tensors that share memory cannot be saved together."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def open_elsewhere(library: str, folder: Path, *, exact: bool = False) -> Answers:
+    """A folder of ``openvino``, ``onnx`` (through optimum) or ``gptq`` as a function, in the environment of that name.
+
+    exact: OpenVINO in fp32; else as it runs by default, in bfloat16 where the CPU has it.
+    """
+    python = environment(library).require(what=f"opening {folder.name}/", where=str(folder))
+    return Answers(python, WORKERS / "answer.py", folder, {"library": library, "exact": exact})
+
+
+def reopened(library: str, folder: Path) -> float:
+    """Open a folder that a worker wrote once more, in another process, and compare with the answers recorded in it:
+    largest difference of the logits over the largest."""
+    expected = load_file(folder / EXPECTATION)
+    answers = open_elsewhere(library, folder, exact=True)
+    try:
+        got = answers(expected)
+    finally:
+        answers.close()
+    return float((got - expected["logits"]).abs().max() / expected["logits"].abs().max())
 
 
 class _Process:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.backends import backends, quantize
+from hf_compress.calibration import Batch
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.oneshot import compress_blocks, compress_checkpoint, empty_model, solvers
 from hf_compress.oneshot.solvers import check_solver_options
@@ -55,6 +56,8 @@ class Quantize(Stage):
             "bits",
             "group_size",
             "scales",
+            "calibration",
+            "say",
         }
         for option in self.options:
             if option not in known:
@@ -115,7 +118,20 @@ class Quantize(Stage):
             group_size=self.group_size,
             tokenizer=work.tokenizer,
             scales=scales,
+            calibration=self._calibration(work),
+            say=work.say,
             **self.options,
         )
         written.coverage.require(self.min_coverage, where=where)
-        return Done(written.model, facts | {"notes": written.notes}, written.coverage, saved, quantized=self.backend)
+        return Done(
+            written.model,
+            facts | written.facts | {"notes": written.notes},
+            written.coverage,
+            saved,
+            quantized=self.backend,
+        )
+
+    def _calibration(self, work: Work) -> list[Batch] | None:
+        """For a backend that calibrates itself, in the environment of its library."""
+        calibrates = "environment" in backends.entry(self.backend).traits
+        return work.calibration(work.model.config.vocab_size, self.samples) if calibrates else None

@@ -124,6 +124,12 @@ def read_as_older(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
+def is_causal(job: Job) -> bool:
+    """Whether it is a causal language model, not a classifier; by its architecture's name."""
+    config = json.loads((job.checkpoint / "config.json").read_text())
+    return bool(config["architectures"][0].endswith(("ForCausalLM", "LMHeadModel")))
+
+
 def open_dense(job: Job) -> Any:
     """The checkpoint in torch, fp32; it must answer here as it did where it was saved.
 
@@ -138,9 +144,13 @@ def open_dense(job: Job) -> Any:
     older = "the library does not know this architecture yet; leave the stage out"
     if not hasattr(transformers, name):
         raise Refused(f"transformers {transformers.__version__} has no {name}", older)
-    model, info = getattr(transformers, name).from_pretrained(
-        job.checkpoint, dtype=torch.float32, output_loading_info=True
-    )
+    try:
+        model, info = getattr(transformers, name).from_pretrained(
+            job.checkpoint, dtype=torch.float32, output_loading_info=True
+        )
+    except (RuntimeError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise Refused(f"transformers {transformers.__version__} does not open it: {text}", older) from error
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(kind) or ()]
     if wrong:
         raise Refused(f"transformers {transformers.__version__} reads it with other keys, e.g. {wrong[0]}", older)
@@ -154,6 +164,13 @@ def answers(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits in fp32, on the CPU. Runtimes of other libraries take the arguments their exported graph has."""
     logits = model(**batch).logits
     return torch.as_tensor(logits).float().cpu()
+
+
+def record(job: Job, got: torch.Tensor) -> torch.Tensor:
+    """Write down what the finished folder answers, to be compared with by whoever opens it again: `got`."""
+    tensors = job.probe | {"logits": got}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, job.target / "expectation.safetensors")
+    return got
 
 
 def difference(job: Job, got: torch.Tensor) -> dict[str, float]:

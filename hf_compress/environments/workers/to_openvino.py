@@ -1,19 +1,17 @@
 """A checkpoint as OpenVINO's IR: fp32, int8 or int4 weights, or int8 with calibrated activations; through
 optimum-intel."""
 
-import json
+from typing import Any
 
-from job import Job, Refused, answers, difference, main, open_dense, require_same, say
+from job import Job, Refused, answers, difference, is_causal, main, open_dense, record, require_same, say
 
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # the CPU plugin would round everything to bfloat16
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # else the CPU plugin rounds everything to bfloat16
 
 
-def work(job: Job) -> dict:
+def work(job: Job) -> dict[str, Any]:
     import optimum.intel as intel
 
-    config = json.loads((job.checkpoint / "config.json").read_text())
-    causal = config["architectures"][0].endswith(("ForCausalLM", "LMHeadModel"))
-    kind = intel.OVModelForCausalLM if causal else intel.OVModelForSequenceClassification
+    kind = intel.OVModelForCausalLM if is_causal(job) else intel.OVModelForSequenceClassification
     say("reading the checkpoint")
     open_dense(job)
     say("converting to OpenVINO")
@@ -23,32 +21,34 @@ def work(job: Job) -> dict:
         raise Refused(f"optimum-intel does not convert it: {error}", "leave the export out") from error
     fp32_error = require_same(job, answers(model, job.probe), "OpenVINO")
     how = job.options["quantize"]
-    if how is not None:
+    if how is None:
+        model.save_pretrained(job.target)
+    else:
         say(f"quantizing ({how})")
-        quantizer = intel.OVQuantizer.from_pretrained(model)
-        given = None
-        if how == "int8-static":
-            chosen = intel.OVQuantizationConfig(num_samples=len(job.calibration))
-            given = [{k: v[0].tolist() for k, v in row.items()} for row in job.calibration]
-        elif how == "int8":
-            chosen = intel.OVWeightQuantizationConfig(bits=8)
-        else:
-            chosen = intel.OVWeightQuantizationConfig(bits=4, group_size=job.options["group_size"] or 32, all_layers=True)
-        quantizer.quantize(
-            calibration_dataset=given and as_dataset(given),
+        rows = calibration(job, model.input_names) if how == "int8-static" else None
+        chosen = {
+            "int8": lambda: intel.OVWeightQuantizationConfig(bits=8),
+            "int4": lambda: intel.OVWeightQuantizationConfig(bits=4, group_size=job.options["group_size"]),
+            "int8-static": lambda: intel.OVQuantizationConfig(num_samples=len(job.calibration)),
+        }[how]()
+        intel.OVQuantizer.from_pretrained(model).quantize(
+            calibration_dataset=rows,
             ov_config=intel.OVConfig(quantization_config=chosen),
             save_directory=job.target,
         )
-    else:
-        model.save_pretrained(job.target)
     again = kind.from_pretrained(job.target, ov_config=F32)
-    facts = {"fp32_error": fp32_error} | difference(job, answers(again, job.probe))
-    return facts
+    return {"file": "openvino_model.bin", "fp32_error": fp32_error} | difference(
+        job, record(job, answers(again, job.probe))
+    )
 
 
-def as_dataset(rows: list):
+def calibration(job: Job, names: list[str]) -> Any:
+    """The rows as a datasets.Dataset, with the token types that an encoder's graph takes."""
     from datasets import Dataset
 
+    rows = [{name: row[name][0].tolist() for name in ("input_ids", "attention_mask")} for row in job.calibration]
+    if "token_type_ids" in names:
+        rows = [row | {"token_type_ids": [0] * len(row["input_ids"])} for row in rows]
     return Dataset.from_list(rows)
 
 
