@@ -22,6 +22,7 @@ def work(job: Job) -> dict[str, Any]:
         bits=job.options["bits"],
         group_size=job.options["group_size"] or -1,
         desc_act=job.options["act_order"],
+        act_group_aware=bool(job.options["group_size"]) and not job.options["act_order"],
         sym=job.options["symmetric"],
         damp_percent=job.options["damping"],
         dataset=[{k: v.tolist() for k, v in row.items()} for row in job.calibration],
