@@ -12,7 +12,9 @@ from safetensors import safe_open
 from hf_compress.source import ModelSource, load_meta
 from hf_compress.weights import weights
 
-_PART = re.compile(r"(?P<module>.*)\.(?:weight|SCB|qweight)(?:[._].*)?")  # a matrix, its scales, its codes
+_PART = re.compile(  # a matrix, its scales, its codes
+    r"(?P<module>.*)\.(?:weight|SCB|qweight|qzeros|scales|g_idx)(?:[._].*)?"
+)
 _TORCHAO = re.compile(r"\._(\w+)_(?:qdata|scale|zero_point)$")  # the same, of the parameter named between
 
 

@@ -8,18 +8,21 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.backends import backends, foresee
+from hf_compress.backends.elsewhere import FORMATS
 from hf_compress.coverage import KEPT, coverage
+from hf_compress.environments import environment
 from hf_compress.errors import CompressError
 from hf_compress.evaluation.cost import parameter_counts
 from hf_compress.recipe import Recipe
 from hf_compress.source import format_of, load_meta, read_config, require_floating
-from hf_compress.stages import Prune, Quantize, Shrink, Train
+from hf_compress.stages import Export, Prune, Quantize, Shrink, Train
 from hf_compress.stages.trained_grid import unrounded
 from hf_compress.surgery import shrink
 from hf_compress.techniques.qat import QAT
 from hf_compress.weights import weights
 
 REFUSED = "will be REFUSED: "
+RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 FP8_BYTES = 1 + 4 / 128**2  # one byte a weight and one fp32 scale for each 128 x 128 block
 
 
@@ -76,6 +79,8 @@ def plan(recipe: Recipe) -> list[Planned]:
                 notes.append(f"{REFUSED}{refused.what} ({refused.where}); {refused.next_step}")
             if foreseen.bits:
                 notes.append(f"bits a weight: {foreseen.bits:.2f}, scales included")
+            if "environment" in entry.traits:
+                notes += _needs(entry.traits["environment"], f"backend {entry.name}")
             notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]
             notes += [f"stays as it is: {len(names)} x {why}" for why, names in covered.skipped.items()]
             low = min(share, 1.0 if experts is None else experts)
@@ -84,10 +89,25 @@ def plan(recipe: Recipe) -> list[Planned]:
                     f"{len(names)} x {why}" for why, names in covered.skipped.items() if why not in KEPT.values()
                 )
                 notes.append(f"{REFUSED}covers {low:.1%}, below min_coverage {stage.min_coverage:.0%}: {left}")
-        elif named.kind == "export":
-            notes.append("a copy for ONNX Runtime lies in onnx/ beside the checkpoint")
+        elif isinstance(stage, Export):
+            chosen = FORMATS.get(stage.format)
+            folder = chosen.folder if chosen else "onnx"
+            notes.append(f"a copy for {RUNTIMES[folder]} lies in {folder}/ beside the checkpoint")
+            if chosen:
+                notes += _needs(chosen.environment, f"export to {stage.format}")
+                notes += [REFUSED + why for why in [chosen.refusal(model.config)] if why]
         rows.append(_row(named.name, named.kind, model, bytes_now, share, experts, notes))
     return rows
+
+
+def _needs(name: str, what: str) -> list[str]:
+    """What a stage in another environment needs, as a refusal while that is not built."""
+    wanted = environment(name)
+    try:
+        wanted.require(what=what)
+    except CompressError as error:
+        return [f"needs: {wanted.command}", f"{REFUSED}{error.what}; {error.next_step}"]
+    return [f"needs: {wanted.command} (built: {wanted.folder.name})"]
 
 
 def require_possible(recipe: Recipe) -> None:

@@ -46,7 +46,12 @@ def remeasure(folder: Path, *, dense: str | None = None) -> list[Figure]:
     spec = dataclasses.replace(recipe.evaluate, metrics=wanted, compare_plain_onnx=False)
     found = evaluate(folder, dense or folder, spec=spec, data=recipe.data, task=facts["task"], seed=recipe.seed)
     before, now = facts["evaluation"]["artefacts"], found["artefacts"]
-    return [figure for name in ("root", "onnx") if name in now for figure in _figures(name, before[name], now[name])]
+    return [
+        figure
+        for name in ("root", "onnx", "openvino")
+        if name in now
+        for figure in _figures(name, before[name], now[name])
+    ]
 
 
 def _figures(artefact: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[Figure]:

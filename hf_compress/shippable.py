@@ -64,7 +64,7 @@ def shippable(folder: Path) -> dict[str, Path]:
         hidden = any(part.startswith(".") for part in name.split("/"))
         if path.is_dir() or path.suffix == ".part" or (hidden and not fnmatch(name, ".eval_results/*.yaml")):
             continue
-        if path.suffix.lower() in RUNS:
+        if path.suffix.lower() in RUNS and not _openvino(path):
             raise CompressError(
                 f"a {RUNS[path.suffix.lower()]} file can run code on the machine that opens it",
                 where=str(path),
@@ -74,6 +74,15 @@ def shippable(folder: Path) -> dict[str, Path]:
     _refuse_remote_code(folder)
     _refuse_secrets(files)
     return files
+
+
+def _openvino(path: Path) -> bool:
+    """OpenVINO keeps a graph's constants as raw numbers in a .bin beside its .xml; nothing unpickles that."""
+    if path.suffix != ".bin" or path.parent.name != "openvino" or not path.with_suffix(".xml").is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(4)
+    return not start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
 
 
 def _refuse_remote_code(folder: Path) -> None:

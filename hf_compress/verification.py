@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from hf_compress.environments import clean_environment, python_for
+from hf_compress.environments.worker import reopened
+from hf_compress.environments.workers.feeds import feeds
 from hf_compress.errors import CompressError
 from hf_compress.files import sha256
 from hf_compress.weights import is_packed, weights
@@ -31,7 +34,7 @@ def write_expectation(model: PreTrainedModel, folder: Path) -> None:
     ``verify/expectation.safetensors``: input_ids (2, 16), attention_mask, logits, and zeros.NAME, the count of exact
     zeros of each pruned parameter.
     """
-    ids, mask = _probe(model.config.vocab_size)
+    ids, mask = probe(model.config.vocab_size)
     with torch.no_grad():
         logits = model.eval()(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
     tensors = {"input_ids": ids, "attention_mask": mask, "logits": logits.float().cpu().contiguous()}
@@ -49,8 +52,8 @@ def write_onnx_expectation(folder: Path) -> None:
 
     (file,) = (folder / "onnx").glob("*.onnx")
     expected = load_file(folder / EXPECTATION)
-    inputs = {name: expected[name].numpy() for name in ("input_ids", "attention_mask")}
-    (got,) = InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, inputs)
+    session = InferenceSession(file, providers=["CPUExecutionProvider"])
+    (got,) = session.run(["logits"], feeds(session, *(expected[k].numpy() for k in ("input_ids", "attention_mask"))))
     save_file(expected | {"onnx_logits": torch.from_numpy(got)}, folder / EXPECTATION)
 
 
@@ -97,11 +100,11 @@ def require_unchanged(*folders: str | Path) -> None:
         )
 
 
-def _probe(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, (2, 16); the second row ends in padding."""
-    ids = torch.randint(5, vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
+def probe(vocab_size: int, shape: tuple[int, int] = (2, 16)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, (rows, tokens); the last quarter of the last row is padding."""
+    ids = torch.randint(5, vocab_size, shape, generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
-    mask[1, 12:] = 0
+    mask[-1, shape[1] * 3 // 4 :] = 0
     return ids, mask
 
 
@@ -124,15 +127,15 @@ def verify(*folders: str | Path, tolerance: float = TOLERANCE) -> dict[str, dict
                     next_step="verify takes what `hf-compress run`, compress() or quantize() wrote",
                 )
     require_unchanged(*folders)
-    done = subprocess.run(
-        [sys.executable, "-P", str(_CHILD), str(tolerance), *map(str, folders)], capture_output=True, text=True
-    )
-    line = next((x for x in done.stdout.splitlines() if x.startswith("REPORT")), None)
-    if line is None:
-        raise CompressError(
-            "the process that opens the checkpoint died", where=str(folders[0]), next_step=done.stderr.strip()[-500:]
-        )
-    report = json.loads(line.removeprefix("REPORT"))
+    report: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    readers = {folder: python_for(Path(folder)) for folder in folders}
+    for python in dict.fromkeys(readers.values()):
+        report |= _examined(python, [str(folder) for folder in folders if readers[folder] == python], tolerance)
+    for folder, (found, facts) in report.items():
+        if (Path(folder) / "openvino").is_dir():
+            facts["openvino_difference"] = reopened("openvino", Path(folder) / "openvino")
+            if not facts["openvino_difference"] <= tolerance:
+                found.append(f"openvino differs by {facts['openvino_difference']:.1e} from what was exported")
     problems = [f"{folder}: {problem}" for folder, (found, _) in report.items() for problem in found]
     if problems:
         raise CompressError(
@@ -141,3 +144,20 @@ def verify(*folders: str | Path, tolerance: float = TOLERANCE) -> dict[str, dict
             next_step="do not publish it; report how it was made",
         )
     return {folder: facts for folder, (_, facts) in report.items()}
+
+
+def _examined(python: Path, folders: list[str], tolerance: float) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """What reload_check.py finds: folder -> (problems, facts)."""
+    done = subprocess.run(
+        [str(python), "-P", str(_CHILD), str(tolerance), *folders],
+        capture_output=True,
+        text=True,
+        env=None if python == Path(sys.executable) else clean_environment(),
+    )
+    line = next((x for x in done.stdout.splitlines() if x.startswith("REPORT")), None)
+    if line is None:
+        raise CompressError(
+            "the process that opens the checkpoint died", where=folders[0], next_step=done.stderr.strip()[-500:]
+        )
+    found: dict[str, tuple[list[str], dict[str, Any]]] = json.loads(line.removeprefix("REPORT"))
+    return found

@@ -20,7 +20,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "--help") == 0
     said = capsys.readouterr().out
-    commands = ("run", "plan", "evaluate", "verify", "card", "publish", "compare", "cache-teacher", "list")
+    commands = ("run", "plan", "evaluate", "verify", "card", "publish", "compare", "cache-teacher", "env", "list")
     assert [word for word in commands if f"│ {word} " not in said] == []
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration import Batch
 from hf_compress.coverage import Coverage, coverage
+from hf_compress.environments import Say, environment
 from hf_compress.errors import CompressError
 from hf_compress.oneshot import compress_blocks, solvers
 from hf_compress.oneshot.solvers import check_solver_options
@@ -23,11 +24,13 @@ from hf_compress.weights import weights
 
 @dataclass(frozen=True)
 class Written:
-    """model: what the folder reloads as. coverage: what is stored in fewer bits, counted in the written model."""
+    """model: what the folder reloads as; None when only another environment opens it, which then answered for it.
+    coverage: what is stored in fewer bits, counted in the written model. facts: what the library measured."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | None
     coverage: Coverage
     notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 Backend = Callable[..., Written]
@@ -41,6 +44,8 @@ as it is;
 ``packing(model, *, bits, group_size, **options)``, where weights can be packed one by one, at scales that a solver or
 QAT chose: an `oneshot.Container`.
 Where weights can differ, all but `grid` take `grids` too: weight name -> its own `Grid`.
+environment: name of the one its library lives in (`hf_compress.environments`); such a backend takes ``calibration``
+(batches) and writes the expectation of `verify` itself.
 """
 
 backends: Registry[Backend] = Registry("backend", __name__)
@@ -95,6 +100,7 @@ def quantize(
     batches: Sequence[Batch] = (),
     solver_options: Mapping[str, Any] | None = None,
     scales: Mapping[str, Tensor] | None = None,
+    say: Say = lambda _: None,
     **options: Any,
 ) -> Written:
     """``quantize(model, "out", backend="bitsandbytes", bits=4, method="gptq", batches=batches, tokenizer=tokenizer)``:
@@ -102,9 +108,10 @@ def quantize(
 
     Args:
         method: a solver that first rounds `model`, in place, to the points that the container stores (``hf-compress
-            list solvers``; gptq), with `batches` of input_ids and attention_mask, (batch, tokens) each, to calibrate
-            on. None: the container's own rounding.
+            list solvers``; gptq). None: the container's own rounding.
+        batches: of input_ids and attention_mask, (batch, tokens) each, for a method or a backend that calibrates.
         scales: weight name -> (out, groups), where the weights lie on a grid already (`OneshotReport.scales`).
+        say: told what a backend in another environment does.
         options: the backend's own (``hf-compress list backends``).
 
     Look at `Written.coverage`: what the container cannot store stays as it was.
@@ -121,10 +128,14 @@ def quantize(
         scales = _rounded(model, backend, method, batches, solver_options or {}, bits, group_size, options)
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
-    chosen = {} if scales is None else {"scales": scales}
+    chosen: dict[str, Any] = {} if scales is None else {"scales": scales}
+    if "environment" in entry.traits:
+        environment(entry.traits["environment"]).require(what=f"backend {backend}", where="quantize")
+        chosen |= {"calibration": batches, "say": say}
     try:
         written = entry.value(model, tokenizer, part, bits=bits, group_size=group_size, **options, **chosen)
-        write_expectation(written.model, part)
+        if written.model is not None:
+            write_expectation(written.model, part)
         write_hashes(part)
         part.rename(folder)
     finally:

@@ -10,6 +10,7 @@ LABELS = {
     "plain_onnx": "dense, plain ONNX int8",
     "root": "ours, torch",
     "onnx": "ours, ONNX int8",
+    "openvino": "ours, OpenVINO",
 }
 
 

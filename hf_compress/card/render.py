@@ -17,7 +17,7 @@ from hf_compress.card.comparison import comparison
 from hf_compress.card.escape import HUB_ID, cell, code, fence_for, hub_link, one_line, text
 from hf_compress.card.facts import without_folders
 from hf_compress.card.metadata import METRICS, metadata, root_of
-from hf_compress.card.snippets import snippets
+from hf_compress.card.snippets import COPIES, snippets
 
 HERE = "."  # the place that snippets load from while the model is not on the Hub
 
@@ -60,7 +60,8 @@ def render_card(facts: dict[str, Any], *, repo: str | None = None, plots: Collec
         smaller_than_source=_against_source(facts),
         masked=_masked(facts),
         no_gain=_no_gain(facts),
-        onnx=any(s["kind"] == "export" for s in facts["stages"]),
+        copies=[copy for copy in COPIES if any(name.startswith(f"{copy}/") for name in facts["files"])],
+        runtimes=COPIES,
         onnx_size=_onnx_size(facts),
         plots=plots,
         drawable=importlib.util.find_spec("matplotlib") is not None,

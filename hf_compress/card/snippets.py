@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+COPIES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}  # folder beside the checkpoint -> who reads it
 AUTO = {"causal-lm": "AutoModelForCausalLM", "text-classification": "AutoModelForSequenceClassification"}
 
 
@@ -28,8 +29,11 @@ def snippets(facts: dict[str, Any], *, place: str) -> list[Snippet]:
         Snippet("With a pipeline", needs, _PIPELINE[facts["task"]].format(place=place)),
         Snippet("With transformers", needs, _TORCH.format(auto=AUTO[facts["task"]], place=place)),
     ]
-    onnx = sorted(name for name in files if name.startswith("onnx/") and name.endswith(".onnx"))
-    for name in onnx:
+    found += [_through_optimum(s["facts"], facts["task"], place) for s in facts["stages"] if s["facts"].get("format")]
+    optimum = {f"onnx/{s['facts'].get('file')}" for s in facts["stages"] if s["facts"].get("format") == "optimum-onnx"}
+    for name in sorted(name for name in files if name.startswith("onnx/") and name.endswith(".onnx")):
+        if name in optimum:
+            continue  # a decoder's graph takes a cache too: see the snippet above
         get = f'"{name}"' if place == "." else f'hf_hub_download("{place}", "{name}")'
         hub = "" if place == "." else "from huggingface_hub import hf_hub_download\n"
         found.append(
@@ -40,6 +44,24 @@ def snippets(facts: dict[str, Any], *, place: str) -> list[Snippet]:
             )
         )
     return found
+
+
+def _through_optimum(export: dict[str, Any], task: str, place: str) -> Snippet:
+    """For a copy that optimum wrote and reads, in an environment of its own."""
+    folder, module, prefix, extra = (
+        ("openvino", "optimum.intel", "OV", "optimum-intel[openvino]")
+        if export["format"] == "openvino"
+        else ("onnx", "optimum.onnxruntime", "ORT", "optimum-onnx[onnxruntime]")
+    )
+    kind = AUTO[task].replace("Auto", prefix)
+    where = f'"{folder}"' if place == "." else f'"{place}", subfolder="{folder}"'
+    file = f', file_name="{export["file"]}"' if prefix == "ORT" else ""
+    code = (
+        f"from {module} import {kind}\nfrom transformers import AutoTokenizer\n\n"
+        f'inputs = AutoTokenizer.from_pretrained("{place}")("An example.", return_tensors="pt")\n'
+        f"logits = {kind}.from_pretrained({where}{file})(**inputs).logits\n"
+    )
+    return Snippet(f"With {COPIES[folder]}, in an environment of its own", (f"'{extra}'",), code)
 
 
 _PIPELINE = {

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from hf_compress.backends.onnx import export_onnx
 from hf_compress.data import Data, prepare
 from hf_compress.errors import CompressError, did_you_mean
-from hf_compress.evaluation.artefacts import open_folder, open_onnx
+from hf_compress.evaluation.artefacts import Artefact, open_elsewhere, open_folder, open_onnx
 from hf_compress.evaluation.cost import machine_facts, memory_after_forward, paired_latency, parameter_counts, sparsity
 from hf_compress.evaluation.quality import quality
 from hf_compress.source import ModelSource, task_of
@@ -95,6 +95,19 @@ def _measure(folder: Path, dense: str, spec: Evaluate, data: Data | None, task: 
     artefacts = [open_folder("dense", dense, task), open_folder("root", str(folder), task)]
     files = sorted((folder / "onnx").glob("*.onnx"))
     artefacts += [open_onnx("onnx", files[0])] if files else []
+    artefacts += (
+        [open_elsewhere("openvino", "openvino", folder / "openvino")] if (folder / "openvino").is_dir() else []
+    )
+    try:
+        return _measured(artefacts, folder, dense, spec, data, task, seed)
+    finally:
+        for artefact in artefacts:
+            artefact.close()
+
+
+def _measured(
+    artefacts: list[Artefact], folder: Path, dense: str, spec: Evaluate, data: Data | None, task: str, seed: int
+) -> dict[str, Any]:
     if spec.compare_plain_onnx and artefacts[0].model is not None:
         with tempfile.TemporaryDirectory() as scratch:
             export_onnx(artefacts[0].model, Path(scratch), plain=True)
@@ -140,7 +153,11 @@ def _measure(folder: Path, dense: str, spec: Evaluate, data: Data | None, task: 
                 generator=made,
             )
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            timed = paired_latency({a.name: partial(a.predict, batch) for a in artefacts}, repeats=spec.repeats)
+            timed = paired_latency(
+                {a.name: partial(a.predict, batch) for a in artefacts},
+                repeats=spec.repeats,
+                clocks={a.name: a.clock for a in artefacts if a.clock},
+            )
             for name, found in timed.items():
                 each[name].setdefault("latency", {})[str(size)] = found | {
                     "rows_per_second": size / found["wall_ms"]["median"] * 1e3

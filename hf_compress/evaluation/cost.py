@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_compress.environments import clean_environment, python_for
 from hf_compress.errors import CompressError
 from hf_compress.families import family_of
 from hf_compress.source import TASKS
@@ -26,13 +27,19 @@ from hf_compress.weights import is_packed, weights
 
 
 def paired_latency(
-    candidates: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 3
+    candidates: dict[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 3,
+    clocks: Mapping[str, Callable[[], dict[str, float]]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Wall and CPU milliseconds of each candidate, and how many times faster than the first it is.
 
     One call of each in turn, `repeats` rounds, so a busy moment hits neighbours alike. Speed-ups are the median over
-    rounds of the first candidate's time over this one's in the same round, with quartiles.
+    rounds of the first candidate's time over this one's in the same round, with quartiles. clocks: of candidates that
+    compute in another process, the seconds their last call took there.
     """
+    elsewhere = clocks or {}
     for call in candidates.values():
         for _ in range(warmup):
             call()
@@ -42,8 +49,10 @@ def paired_latency(
         for name, call in candidates.items():
             started, used = time.perf_counter(), time.process_time()
             call()
-            wall[name].append((time.perf_counter() - started) * 1e3)
-            cpu[name].append((time.process_time() - used) * 1e3)
+            took = {"wall": time.perf_counter() - started, "cpu": time.process_time() - used}
+            took = elsewhere[name]() if name in elsewhere else took
+            wall[name].append(took["wall"] * 1e3)
+            cpu[name].append(took["cpu"] * 1e3)
     first = next(iter(candidates))
     result: dict[str, dict[str, Any]] = {}
     for name in candidates:
@@ -99,8 +108,12 @@ def memory_after_forward(folder: str, task: str, length: int) -> float:
         "with torch.no_grad(): model(input_ids=torch.full((1, int(sys.argv[3])), 7))\n"
         "gc.collect(); print('MB', (rss() - before) / 2**20)\n"
     )
+    python = python_for(Path(folder)) if Path(folder).is_dir() else Path(sys.executable)
     done = subprocess.run(
-        [sys.executable, "-c", code, folder, TASKS[task], str(length)], capture_output=True, text=True
+        [str(python), "-c", code, folder, TASKS[task], str(length)],
+        capture_output=True,
+        text=True,
+        env=None if python == Path(sys.executable) else clean_environment(),
     )
     line = next((x for x in done.stdout.splitlines() if x.startswith("MB ")), None)
     if line is None:

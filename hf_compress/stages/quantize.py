@@ -75,6 +75,8 @@ class Quantize(Stage):
             "group_size",
             "grids",
             "scales",
+            "calibration",
+            "say",
         }
         for option in self.options:
             if option not in known:
@@ -180,7 +182,7 @@ class Quantize(Stage):
         scheme = self.scheme(work.model)
         scales, facts = work.scales if "packing" in traits else None, dict[str, Any]()
         rounding = None if self.method is None else self._rounding(scheme, self.method)
-        reads = self.smooth is not None or (rounding is not None and rounding.needs)
+        reads = self.smooth is not None or "environment" in traits or (rounding is not None and rounding.needs)
         batches = work.calibration(work.model.config.vocab_size, self.samples) if reads else []
         foreseen = foresee(work.model, self.backend, **scheme, **self.options)
         only = [w.name for w in weights(work.model) if w.name not in foreseen.reasons]
@@ -196,8 +198,16 @@ class Quantize(Stage):
             backend=self.backend,
             tokenizer=work.tokenizer,
             scales=scales,
+            batches=batches,
+            say=work.say,
             **scheme,
             **self.options,
         )
         written.coverage.require(self.min_coverage, where=where)
-        return Done(written.model, facts | {"notes": written.notes}, written.coverage, saved, quantized=self.backend)
+        return Done(
+            written.model,
+            facts | written.facts | {"notes": written.notes},
+            written.coverage,
+            saved,
+            quantized=self.backend,
+        )

@@ -1,8 +1,6 @@
 """One-shot pruning against llm-compressor on the same calibration tokens: quality, CPU time and memory.
 
-    python3 -m venv peer && peer/bin/pip install torch==2.13.0
-    peer/bin/pip install llmcompressor==0.14.0.1 transformers==5.17.0 compressed-tensors==0.19.0
-    python tests/benchmarks/oneshot_pruning.py --peer peer/bin/python --seeds 0 1 2
+    python tests/benchmarks/oneshot_pruning.py --peer "$(hf-compress env add llm-compressor)" --seeds 0 1 2
 
 SmolLM2-135M (from its package) and IMDB reviews of at least 512 tokens, cut there: 32 to calibrate on (other ones for
 each seed), 30 held out for everybody. An arm is a process of its own (`pruning_arm.py`), one thread, peer and ours in
