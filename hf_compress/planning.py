@@ -64,7 +64,9 @@ def plan(recipe: Recipe) -> list[Planned]:
                 model.to(getattr(torch, stage.options["dtype"]))
             bytes_now = _dense_bytes(model) - sum(w.nbytes for w, size in found.items() if not isinstance(size, str))
             packed = {w: size for w, size in found.items() if not isinstance(size, str)}
-            bytes_now += sum(packed.values())
+            count = sum(w.shape[0] * w.shape[1] for w in packed)
+            small = min(sum(packed.values()), float("inf") if stage.budget is None else stage.budget * count / 8)
+            bytes_now += small
             reasons = {w.name: reason for w, reason in found.items() if isinstance(reason, str)}
             covered = coverage(model, [w.name for w in found if w.name not in reasons], reasons)
             share, experts = covered.share, covered.experts
@@ -74,8 +76,8 @@ def plan(recipe: Recipe) -> list[Planned]:
                 except CompressError as error:
                     notes.append(f"{REFUSED}{error.what} ({error.where}); {error.next_step}")
             if packed:
-                average = 8 * sum(packed.values()) / sum(w.shape[0] * w.shape[1] for w in packed)
-                notes.append(f"bits a weight: {average:.2f}, scales included")
+                most = "" if stage.budget is None else "at most "
+                notes.append(f"bits a weight: {most}{8 * small / count:.2f}, scales included")
             notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]
             notes += [f"stays as it is: {len(names)} x {why}" for why, names in covered.skipped.items()]
             low = min(share, 1.0 if experts is None else experts)
