@@ -71,14 +71,17 @@ def plan(recipe: Recipe) -> list[Planned]:
                 model.to(getattr(torch, stage.options["dtype"]))
             foreseen = foresee(model, stage.backend, **stage.scheme(model), **stage.options)
             covered, refused = foreseen.coverage, foreseen.refused
+            bits = min(foreseen.bits, float("inf") if stage.budget is None else stage.budget)
             bytes_now = _dense_bytes(model) - foreseen.dense_bytes + foreseen.bytes
+            bytes_now -= (foreseen.bits - bits) * foreseen.count / 8
             share, experts = covered.share, covered.experts
             if trained is not None:
                 notes += [f"{REFUSED}{problem}" for problem in unrounded(trained, model, foreseen.reasons)]
             if refused is not None:
                 notes.append(f"{REFUSED}{refused.what} ({refused.where}); {refused.next_step}")
-            if foreseen.bits:
-                notes.append(f"bits a weight: {foreseen.bits:.2f}, scales included")
+            if foreseen.count:
+                most = "" if stage.budget is None else "at most "
+                notes.append(f"bits a weight: {most}{bits:.2f}, scales included")
             if "environment" in entry.traits:
                 notes += _needs(entry.traits["environment"], f"backend {entry.name}")
             notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]

@@ -56,13 +56,14 @@ class Foreseen:
     """What a container makes of a model's block matrices, known before any weight is read.
 
     bytes: on disk. dense_bytes: of the same matrices now. reasons: weight -> why it stays as it is. refused: why it
-    would not be written, None where it would. bits: of a weight that it packs, scales included, 0 where there is none.
+    would not be written, None where it would. count: weights that it packs. bits: of each of them, scales included.
     """
 
     bytes: float
     dense_bytes: float
     coverage: Coverage
     reasons: dict[str, str]
+    count: int
     bits: float
     refused: CompressError | None = None
 
@@ -84,8 +85,9 @@ def foresee(
         refused = error
     sizes = [w.nbytes if isinstance(size, str) else size for w, size in found.items()]
     packed = [(size, w.shape[0] * w.shape[1]) for w, size in found.items() if not isinstance(size, str)]
-    average = 8 * sum(size for size, _ in packed) / sum(count for _, count in packed) if packed else 0.0
-    return Foreseen(float(sum(sizes)), float(sum(w.nbytes for w in found)), covered, reasons, average, refused)
+    count = sum(number for _, number in packed)
+    average = 8 * sum(size for size, _ in packed) / max(1, count)
+    return Foreseen(float(sum(sizes)), float(sum(w.nbytes for w in found)), covered, reasons, count, average, refused)
 
 
 def quantize(

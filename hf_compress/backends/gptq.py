@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +24,7 @@ from hf_compress.weights import Weight, base_of, weights
 WORD = 32
 
 
-def stores(weight: Weight, *, bits: int, group_size: int | None = None) -> float | str:
+def stores(weight: Weight, *, bits: int, group_size: int | None = None, **options: Any) -> float | str:
     """Bytes on disk (codes and zero points packed into int32, scales, the group of each input), or why it stays."""
     out, width = weight.shape
     if weight.kind == "expert":

@@ -14,11 +14,17 @@ from hf_compress.backends import backends, foresee, quantize
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.grids import Grid
 from hf_compress.oneshot import Solver, compress_blocks, compress_checkpoint, empty_model, solvers
+from hf_compress.oneshot.allocation import allocate
 from hf_compress.oneshot.mixed import check_overrides, given_grids
+from hf_compress.oneshot.sensitivity import parts_of, sensitivities
 from hf_compress.oneshot.smoothing import Smooth, folds_of, smooth
 from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.stages.base import Done, Stage, Work
-from hf_compress.weights import weights
+from hf_compress.weights import Weight, weights
+
+FEWEST = 2  # bits
+JUDGED = 8  # rows of text that say what a matrix is worth
+OVERRIDDEN = "overridden"
 
 
 @dataclass
@@ -34,6 +40,13 @@ class Quantize(Stage):
         default_factory=dict,
         metadata={
             "help": "regular expression -> bits, group_size or both of the weights it finds; the first one wins"
+        },
+    )
+    budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "bits a weight on average, scales included: matrices get 2 to `bits` each, more where rounding "
+            "changes the answers most"
         },
     )
     smooth: Smooth | None = field(
@@ -122,14 +135,21 @@ class Quantize(Stage):
             {"bits": self.bits, "group_size": self.group_size},
         )
         check(**scheme, **self.options)
-        if not self.overrides:
-            return
-        if "grids" not in inspect.signature(backends[self.backend]).parameters:
-            raise CompressError(
-                f"{self.backend} has one scheme for a whole model",
-                where="overrides",
-                next_step="leave overrides out, or use backend: compressed-tensors",
-            )
+        for key, asked in (("overrides", self.overrides), ("budget", self.budget is not None)):
+            if asked and "grids" not in inspect.signature(backends[self.backend]).parameters:
+                raise CompressError(
+                    f"{self.backend} has one scheme for a whole model",
+                    where=key,
+                    next_step="leave it out, or use backend: compressed-tensors",
+                )
+        if self.budget is not None:
+            if self.streaming:
+                raise CompressError(
+                    "what each matrix is worth is measured on the whole model in memory",
+                    where="budget",
+                    next_step="leave streaming out, or give overrides instead of a budget",
+                )
+            check(**scheme, **self.options, grids={"budget": Grid(FEWEST, self.group_size)})
         check_overrides(self.overrides, where="overrides")
         for pattern, own in self.overrides.items():
             try:
@@ -140,10 +160,11 @@ class Quantize(Stage):
 
     def scheme(self, model: PreTrainedModel) -> dict[str, Any]:
         """bits, group_size and, where some weights of `model` have others, grids: what the backend and its traits are
-        called with beside `options`.
+        called with beside `options`. With a budget, the most that a weight may get.
 
         Raises:
-            CompressError: an expression that finds no weight (did you mean); a model that cannot be smoothed.
+            CompressError: an expression that finds no weight (did you mean); a model that cannot be smoothed; a budget
+            that is too low.
         """
         if self.smooth is not None:
             folds_of(model, 0)
@@ -152,7 +173,46 @@ class Quantize(Stage):
             names = [w.name for w in weights(model)]
             own = given_grids(names, self.overrides, Grid(self.bits, self.group_size), where="quantize.overrides")
             scheme["grids"] = own
+        if self.budget is not None:
+            sizes = self._sizes(model, scheme)
+            allocate(sizes, sizes, self.budget * self._stored(model, scheme))
         return scheme
+
+    def _stored(self, model: PreTrainedModel, scheme: dict[str, Any]) -> int:
+        """Weights that the container stores in fewer bits."""
+        stores = backends.entry(self.backend).traits["stores"]
+        return sum(w.shape[0] * w.shape[1] for w in weights(model) if not isinstance(stores(w, **scheme), str))
+
+    def _sizes(self, model: PreTrainedModel, scheme: dict[str, Any]) -> dict[str, dict[int, float]]:
+        """Part -> bits -> bits on disk, scales included, of each choice. What is overridden is one part, without a
+        choice; what the container leaves as it is counts nowhere."""
+        stores, fixed = backends.entry(self.backend).traits["stores"], scheme.get("grids", {})
+
+        def size(members: list[Weight], bits: int) -> float:
+            grids = {w.name: Grid(bits, self.group_size) for w in members} | fixed
+            sizes = [stores(w, **(scheme | {"grids": grids})) for w in members]
+            return float(sum(8 * each for each in sizes if not isinstance(each, str)))
+
+        choices = range(FEWEST, self.bits + 1)
+        found = {part: {b: size(members, b) for b in choices} for part, members in _free(model, fixed).items()}
+        found[OVERRIDDEN] = {self.bits: size([w for w in weights(model) if w.name in fixed], self.bits)}
+        return {part: each for part, each in found.items() if each[self.bits]}
+
+    def _allocate(self, work: Work, scheme: dict[str, Any]) -> dict[str, Any]:
+        """Put grids within the budget into `scheme`; facts of the choice."""
+        assert self.budget is not None
+        model, sizes, fixed = work.model, self._sizes(work.model, scheme), scheme.get("grids", {})
+        parts = {name: members for name, members in _free(model, fixed).items() if name in sizes}
+        grids = {bits: Grid(bits, self.group_size) for bits in range(FEWEST, self.bits + 1)}
+        batches = work.calibration(model.config.vocab_size, min(self.samples, JUDGED))
+        losses = sensitivities(model, batches, parts, grids, cache=work.folder.parent)
+        count = self._stored(model, scheme)
+        chosen = allocate(losses | {OVERRIDDEN: {self.bits: 0.0}}, sizes, self.budget * count)
+        scheme["grids"] = {w.name: grids[chosen[name]] for name, members in parts.items() for w in members} | fixed
+        average = sum(sizes[name][bits] for name, bits in chosen.items()) / count
+        chosen.pop(OVERRIDDEN, None)
+        kl = sum(losses[name][bits] for name, bits in chosen.items())
+        return {"budget": self.budget, "average_bits": average, "sum_of_kl": kl, "bits": chosen}
 
     @property
     def _grid(self) -> Grid:
@@ -181,6 +241,8 @@ class Quantize(Stage):
             return Done(None, report.facts(), covered, saved, quantized=self.backend)
         scheme = self.scheme(work.model)
         scales, facts = work.scales if "packing" in traits else None, dict[str, Any]()
+        if self.budget is not None:
+            facts["allocation"] = self._allocate(work, scheme)
         rounding = None if self.method is None else self._rounding(scheme, self.method)
         reads = self.smooth is not None or "environment" in traits or (rounding is not None and rounding.needs)
         batches = work.calibration(work.model.config.vocab_size, self.samples) if reads else []
@@ -211,3 +273,9 @@ class Quantize(Stage):
             saved,
             quantized=self.backend,
         )
+
+
+def _free(model: PreTrainedModel, fixed: dict[str, Grid]) -> dict[str, list[Weight]]:
+    """`parts_of` what is not in `fixed`, by name."""
+    parts = {name: [w for w in members if w.name not in fixed] for name, members in parts_of(model).items()}
+    return {name: members for name, members in parts.items() if members}

@@ -63,6 +63,15 @@ def test_any_factors_leave_the_answers_as_they_were(name: str) -> None:
     assert all(not torch.equal(w.matrix, kept[w.name]) for w in weights(model) if not any(x in w.name for x in last))
 
 
+def test_values_that_several_query_heads_read_are_multiplied_for_each() -> None:
+    model = tiny("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    before = logits(model)
+    (fold,) = [f for f in folds_of(model, 0) if f.readers[0].name.endswith("o_proj.weight")]
+    assert len(fold.source[0]) == 32
+    fold.apply(torch.rand(32) * 3 + 0.3)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-4 * float(before.abs().max()))
+
+
 def test_a_model_whose_norms_feed_the_stream_is_refused() -> None:
     with pytest.raises(CompressError, match="the residual stream reads it too"):
         folds_of(tiny("bert"), 0)
