@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.bnb_guard import disable_cpu_packing
-from hf_compress.dequantize import FORMATS, dequantized
+from hf_compress.dequantize import FORMATS, dequantized, write_without_fp8
 from hf_compress.errors import CompressError, require
 from hf_compress.families import expert_options
 
@@ -174,24 +176,28 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
         _refuse_pickles(source)
         if source.num_labels is not None:
             options["num_labels"] = source.num_labels
-        if format_of(config) == "fp8":
-            options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
-        elif source.dequantize and format_of(config) == "compressed-tensors":
-            options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-        model = auto.from_pretrained(
-            local_path(source.id),
-            revision=source.revision or "main",
-            dtype=source.dtype,
-            device_map=source.device_map,
-            use_safetensors=None if source.gguf_file else True,
-            trust_remote_code=False,
-            **_gguf(source),
-            **options,
-        )
+        packed, place = format_of(config), local_path(source.id)
+        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+            if packed == "fp8":
+                write_without_fp8(weight_files(source), Path(scratch))
+                place = scratch
+            elif source.dequantize and packed == "compressed-tensors":
+                warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+                options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+            model = auto.from_pretrained(
+                place,
+                revision=source.revision or "main",
+                dtype=source.dtype,
+                device_map=source.device_map,
+                use_safetensors=None if source.gguf_file else True,
+                trust_remote_code=False,
+                **_gguf(source),
+                **options,
+            )
         if source.gguf_file:  # the reader leaves the model marked as quantized, and save_pretrained would refuse it
             del model.config.quantization_config
             model.hf_quantizer, model.is_quantized = None, False
-        elif source.dequantize and format_of(config) is not None:
+        elif source.dequantize and packed not in (None, "fp8"):
             model = dequantized(model)
     disable_cpu_packing(model)
     _let_it_be_saved(model)

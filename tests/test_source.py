@@ -52,7 +52,7 @@ def test_a_quantized_model_is_dequantized_when_asked_and_else_refused(
     with torch.no_grad():
         got, want, before = (m(IDS).logits.float() for m in (dense, packed, tiny(family)))
     rounds_inputs = name in ("int8", "int8 activations")
-    assert (got - want).norm() <= (0.05 if rounds_inputs else 1e-5) * want.norm()
+    assert (got - want).norm() <= (0.1 if rounds_inputs else 1e-5) * want.norm()
     assert (got - before).norm() > 1e-3 * before.norm()
     dense.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
@@ -112,7 +112,7 @@ def test_fp8_blocks_are_read_alike_in_memory_and_block_by_block(name: str, tmp_p
         tmp_path / "fp8", tmp_path / "streamed", [], solvers["criterion"](criterion="magnitude", sparsity=0.1)
     )
     for way in ("memory", "streamed"):
-        stored = load_file(tmp_path / way / "model.safetensors")
+        stored = {k: t for shard in (tmp_path / way).glob("*.safetensors") for k, t in load_file(shard).items()}
         assert "quantization_config" not in json.loads((tmp_path / way / "config.json").read_text())
         assert stored.keys() == {key for key in tensors if not key.endswith("_scale_inv")}
         for key, values in expected.items():

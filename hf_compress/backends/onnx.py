@@ -9,6 +9,8 @@ import json
 import logging
 import tempfile
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_compress.calibration import Batch
 from hf_compress.errors import CompressError, require
 from hf_compress.families import family_of
 
 EXPORT_TOLERANCE = 1e-3  # relative to the largest logit, fp32 file against torch
+INPUTS = ("input_ids", "attention_mask")
+COSTLY = ("MatMul", "Gemm", "Gather", "LayerNormalization", "Softmax", "Erf", "Gelu", "Tanh")
 
 
 class _Logits(nn.Module):
@@ -33,31 +38,40 @@ class _Logits(nn.Module):
 
 
 def export_onnx(
-    model: PreTrainedModel, folder: Path, *, quantize: str | None = "int8", plain: bool = False
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    quantize: str | None = "int8",
+    plain: bool = False,
+    batches: Sequence[Batch] = (),
 ) -> dict[str, Any]:
-    """Write ``folder/onnx/model_quantized.onnx`` (int8) or ``model.onnx`` (fp32): (input_ids, attention_mask) ->
-    logits, any batch and length.
+    """Write ``folder/onnx/model_quantized.onnx`` (int8, int8-static) or ``model.onnx`` (fp32): (input_ids, attention_mask)
+    -> logits, any batch and length.
 
     int8 is onnxruntime's dynamic quantization: int8 weights (embeddings too), one scale for each output channel of a
     matrix, activations rounded as they come. Weights keep to -64 .. 64: without VNNI instructions a CPU adds two
     products in 16 bits, and the whole range overflows there (1.8 of the largest logit, on a random model).
+    int8-static: each activation has one fixed range, the one seen in `batches`; weights as with int8. Outliers make that
+    coarser than a range for each input (facts: dynamic_error, static_error, relative errors on `batches`), and without
+    VNNI it is no faster: for runtimes that take nothing else.
     plain: the exporter's graph, one scale for a whole matrix and the whole range, what a person gets without this
     library; else attention is exported in its eager form (fewer nodes) and the sum before each layer norm is kept from
     being fused (see `_unfusable`): together about 1.7x faster at batch 32.
-    The fp32 export is compared with torch at shapes it was not traced at. Facts: bytes, the two relative errors of
-    the logits.
+    The fp32 export is compared with torch at shapes it was not traced at. Facts: bytes, the relative errors of the
+    logits, int8_nodes and fp32_nodes (kind -> how many).
 
     Raises:
-        CompressError: onnx libraries missing; an architecture whose export is wrong or not checked; logits that
-        differ.
+        CompressError: onnx libraries missing; nothing to calibrate on; an architecture whose export is wrong or not
+        checked; logits that differ.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, extra="onnx", what="export to ONNX")
-    if quantize not in (None, "int8"):
+    check(quantize)
+    if quantize == "int8-static" and not batches:
         raise CompressError(
-            f"unknown ONNX quantization {quantize!r}",
+            "static ranges are those of activations on real text, and there is none",
             where="export.quantize",
-            next_step="int8, or leave it empty for fp32",
+            next_step="add a data: section, or use quantize: int8",
         )
     family = family_of(model.config)
     if family.name != "bert":
@@ -67,8 +81,6 @@ def export_onnx(
             where="export",
             next_step="export encoders, or leave this stage out",
         )
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     model = copy.deepcopy(model).float().cpu()  # the caller keeps its dtype and device
     target = folder / "onnx"
     target.mkdir(parents=True, exist_ok=True)
@@ -86,21 +98,86 @@ def export_onnx(
                 where="export",
                 next_step="report the architecture; do not ship this file",
             )
-        if quantize == "int8":
-            final = target / "model_quantized.onnx"
-            how = {} if plain else {"per_channel": True, "reduce_range": True}
-            quantize_dynamic(exported, final, weight_type=QuantType.QInt8, **how)
-        else:
-            final = target / "model.onnx"
+        final = target / ("model.onnx" if quantize is None else "model_quantized.onnx")
+        compared: dict[str, float] = {}
+        if quantize is None:
             final.write_bytes(exported.read_bytes())
-    facts = {
-        "file": final.name,
-        "bytes": final.stat().st_size,
-        "fp32_error": fp32_error,
-        "error": max(_difference(model, final, s) for s in ((1, 7), (3, 21))),
-    }
+        else:
+            _dynamic(exported, final, plain=plain)
+        if quantize == "int8-static":
+            compared["dynamic_error"] = _error_on(model, final, batches)
+            _static(exported, final, batches)
+            compared["static_error"] = _error_on(model, final, batches)
+    facts = (
+        compared
+        | _nodes(final)
+        | {
+            "file": final.name,
+            "bytes": final.stat().st_size,
+            "fp32_error": fp32_error,
+            "error": max(_difference(model, final, s) for s in ((1, 7), (3, 21))),
+        }
+    )
     (target / "export.json").write_text(json.dumps(facts, indent=2))
     return facts
+
+
+def check(quantize: str | None) -> None:
+    """Raise a CompressError for a quantization that there is not."""
+    if quantize not in (None, "int8", "int8-static"):
+        raise CompressError(
+            f"unknown ONNX quantization {quantize!r}",
+            where="export.quantize",
+            next_step="int8 (dynamic), int8-static, or leave it empty for fp32",
+        )
+
+
+def _dynamic(exported: Path, final: Path, *, plain: bool) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    how = {} if plain else {"per_channel": True, "reduce_range": True}
+    quantize_dynamic(exported, final, weight_type=QuantType.QInt8, **how)
+
+
+def _static(exported: Path, final: Path, batches: Sequence[Batch]) -> None:
+    """Matrices of weights and embeddings only, as `_dynamic`: products of two activations stay in fp32."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.left, None)
+            return None if batch is None else {name: batch[name].numpy() for name in INPUTS}
+
+    quantize_static(
+        exported,
+        final,
+        Reader(),
+        quant_format=QuantFormat.QOperator,
+        op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+        per_channel=True,
+        reduce_range=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"MatMulConstBOnly": True},
+    )
+
+
+def _nodes(path: Path) -> dict[str, dict[str, int]]:
+    """How many nodes of each kind work on int8, and how many of those that cost time on fp32."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    packed = {i.name for i in graph.initializer if i.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)}
+    int8, fp32 = Counter[str](), Counter[str]()
+    for node in graph.node:
+        if packed & set(node.input) and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            int8[node.op_type] += 1
+        elif node.op_type in COSTLY:
+            fp32[node.op_type] += 1
+    return {"int8_nodes": dict(sorted(int8.items())), "fp32_nodes": dict(sorted(fp32.items()))}
 
 
 def _export(model: PreTrainedModel, path: Path) -> None:
@@ -137,6 +214,20 @@ def _unfusable(path: Path) -> None:
 def _probe(model: PreTrainedModel, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     made = torch.Generator().manual_seed(0)
     return torch.randint(5, model.config.vocab_size, shape, generator=made), torch.ones(shape, dtype=torch.long)
+
+
+@torch.no_grad()
+def _error_on(model: PreTrainedModel, path: Path, batches: Sequence[Batch]) -> float:
+    """Root mean square of the logits' difference over that of the logits, on text."""
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    off = size = 0.0
+    for batch in batches:
+        want = model(**{name: batch[name] for name in INPUTS}).logits.double()
+        (got,) = session.run(None, {name: batch[name].numpy() for name in INPUTS})
+        off, size = off + float((torch.from_numpy(got) - want).square().sum()), size + float(want.square().sum())
+    return float((off / size) ** 0.5)
 
 
 @torch.no_grad()

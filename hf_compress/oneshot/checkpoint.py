@@ -18,14 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from hf_compress.calibration import Batch
 from hf_compress.coverage import Coverage, coverage
+from hf_compress.dequantize import fp8_blocks
 from hf_compress.errors import CompressError
 from hf_compress.families import expert_options
 from hf_compress.oneshot.engine import OneshotReport, run_blocks
 from hf_compress.oneshot.memory import fingerprint
 from hf_compress.oneshot.solvers import Solver
 from hf_compress.weights import Weight, blocks_of, stored_scales, weights
-
-FP8_BLOCK = 128
 
 
 class Container(Protocol):
@@ -135,21 +134,12 @@ class _Files:
                 f"the checkpoint holds no {key!r}", where=str(self.folder), next_step="check that all shards are here"
             ) from error
         scale_key = f"{key}_scale_inv"
-        return _dequantize(tensor, self._stored(scale_key)) if scale_key in self.where else tensor
+        return fp8_blocks(tensor, self._stored(scale_key)) if scale_key in self.where else tensor
 
     def _stored(self, key: str) -> Tensor:
         with safe_open(self.where[key], "pt") as opened:
             tensor: Tensor = opened.get_tensor(key)
         return tensor
-
-
-def _dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """FP8 (out, in) times one scale for each 128 x 128 block, in bfloat16 (DeepSeek-V3,
-    https://arxiv.org/abs/2412.19437, section 3.3)."""
-    full = scale.repeat_interleave(FP8_BLOCK, 0)[: weight.shape[0]].repeat_interleave(FP8_BLOCK, 1)[
-        :, : weight.shape[1]
-    ]
-    return (weight.float() * full).to(torch.bfloat16)
 
 
 class _Streamed:

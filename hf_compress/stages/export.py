@@ -9,7 +9,7 @@ from hf_compress.backends.onnx import export_onnx
 from hf_compress.errors import CompressError, did_you_mean, require
 from hf_compress.stages.base import Done, Stage, Work
 
-QUANTIZE = {"onnx": ("int8", None)} | {name: known.quantize for name, known in FORMATS.items()}
+QUANTIZE = {"onnx": ("int8", "int8-static", None)} | {name: known.quantize for name, known in FORMATS.items()}
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Export(Stage):
     quantize: str | None = field(
         default="int8",
         metadata={
-            "help": "int8 (onnx: activations rounded as they come; openvino: weights), int8-static (activations on "
-            "calibrated scales; not onnx), int4 (weights; openvino), or none for fp32"
+            "help": "int8 (onnx: activations rounded as they come; openvino: weights), int8-static (activations in "
+            "ranges seen before), int4 (weights; openvino), or none for fp32"
         },
     )
     group_size: int = field(default=32, metadata={"help": "weights that share a scale in int4"})
@@ -59,17 +59,18 @@ class Export(Stage):
             require("onnxruntime", extra="onnx", what="checking an ONNX file")
 
     def run(self, work: Work) -> Done:
-        if self.format == "onnx":
-            facts = export_onnx(work.model, work.folder, quantize=self.quantize)
-            return Done(work.model, facts, extras={"onnx": work.folder / "onnx"}, scales=work.scales)
         static = self.quantize == "int8-static"
+        batches = work.calibration(work.model.config.vocab_size, self.samples) if static else []
+        if self.format == "onnx":
+            facts = export_onnx(work.model, work.folder, quantize=self.quantize, batches=batches)
+            return Done(work.model, facts, extras={"onnx": work.folder / "onnx"}, scales=work.scales)
         facts = export_elsewhere(
             work.model,
             work.folder,
             format=self.format,
             quantize=self.quantize,
             group_size=self.group_size,
-            calibration=work.calibration(work.model.config.vocab_size, self.samples) if static else (),
+            calibration=batches,
             say=work.say,
         )
         folder = FORMATS[self.format].folder

@@ -1,0 +1,60 @@
+"""Static int8: ranges come from text, its error is compared with dynamic, what stays in fp32 is counted."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from hf_compress.backends.onnx import export_onnx
+from hf_compress.errors import CompressError
+from hf_compress.recipe import parse
+from hf_compress.verification import verify, write_expectation, write_onnx_expectation
+from tests.models import tiny
+
+
+def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
+    made = torch.Generator().manual_seed(0)
+    found = []
+    for rows in range(1, count + 1):
+        ids = torch.randint(5, 128, (rows, 8 + rows), generator=made)
+        mask = torch.ones_like(ids)
+        mask[0, -2:] = 0
+        found.append({"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+def test_static_ranges_are_those_of_the_text_and_its_error_is_told(tmp_path: Path) -> None:
+    model = tiny("bert")
+    facts = export_onnx(model, tmp_path, quantize="int8-static", batches=batches())
+    assert 0 < facts["dynamic_error"] < facts["static_error"] < 0.3
+    assert facts["int8_nodes"]["QLinearMatMul"] == 12
+    assert facts["fp32_nodes"]["MatMul"] == 4  # scores and values of attention: products of two activations
+    assert "QLinearMatMul" not in facts["fp32_nodes"]
+    graph = onnx.load(tmp_path / "onnx" / "model_quantized.onnx").graph
+    values = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    weights = [n for n in graph.node if n.op_type == "QLinearMatMul"]
+    assert all(values[n.input[4]].size == values[n.input[3]].shape[1] for n in weights)  # a scale for each channel
+    assert max(int(abs(values[n.input[3]].astype(int)).max()) for n in weights) <= 64
+    model.save_pretrained(tmp_path)
+    write_expectation(model, tmp_path)
+    write_onnx_expectation(tmp_path)
+    assert verify(tmp_path)[str(tmp_path)]["onnx_difference"] < 1e-3
+
+
+def test_dynamic_int8_counts_its_nodes_too(tmp_path: Path) -> None:
+    facts = export_onnx(tiny("bert"), tmp_path)
+    assert facts["int8_nodes"]["MatMulInteger"] == 14  # those of the blocks, the pooler and the head
+    assert facts["fp32_nodes"]["MatMul"] == 4
+    assert "static_error" not in facts
+
+
+def test_static_needs_text_and_other_kinds_are_unknown(tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match=r"there is none[\s\S]*data: section"):
+        export_onnx(tiny("bert"), tmp_path, quantize="int8-static")
+    for stage, reason in (
+        ({"quantize": "int4"}, r"'int4'[\s\S]*export.quantize[\s\S]*static"),
+        ({"samples": "x"}, "samples"),
+    ):
+        with pytest.raises(CompressError, match=reason):
+            parse({"name": "x", "model": {"id": "unread"}, "stages": [{"export": stage}]})
