@@ -45,15 +45,15 @@ def export_onnx(
     plain: bool = False,
     batches: Sequence[Batch] = (),
 ) -> dict[str, Any]:
-    """Write ``folder/onnx/model_quantized.onnx`` (int8, int8-static) or ``model.onnx`` (fp32): (input_ids, attention_mask)
-    -> logits, any batch and length.
+    """Write ``folder/onnx/model_quantized.onnx`` (int8, int8-static) or ``model.onnx`` (fp32): (input_ids,
+    attention_mask) -> logits, any batch and length.
 
     int8 is onnxruntime's dynamic quantization: int8 weights (embeddings too), one scale for each output channel of a
     matrix, activations rounded as they come. Weights keep to -64 .. 64: without VNNI instructions a CPU adds two
     products in 16 bits, and the whole range overflows there (1.8 of the largest logit, on a random model).
-    int8-static: each activation has one fixed range, the one seen in `batches`; weights as with int8. Outliers make that
-    coarser than a range for each input (facts: dynamic_error, static_error, relative errors on `batches`), and without
-    VNNI it is no faster: for runtimes that take nothing else.
+    int8-static: each activation has one fixed range, the one seen in `batches`; weights as with int8. Outliers make
+    that coarser than a range for each input (facts: dynamic_error, static_error, relative errors on `batches`), and
+    without VNNI it is no faster: for runtimes that take nothing else.
     plain: the exporter's graph, one scale for a whole matrix and the whole range, what a person gets without this
     library; else attention is exported in its eager form (fewer nodes) and the sum before each layer norm is kept from
     being fused (see `_unfusable`): together about 1.7x faster at batch 32.
