@@ -45,7 +45,7 @@ class Distillation(Technique):
     distill = weight * sum over predicted positions of T^2 loss(student / T, teacher / T) / num_items; of several
     teachers the weighted mean. A feature's term = its weight * sum over sequences of (mean over mapped blocks of its
     loss) * items of the sequence / num_items, where items are predicted positions, or 1 for a sequence classifier.
-    Every weight may go to another (`weight_end`) over the run, as `schedule` says.
+    Every weight may go to another (`weight_end`) over the run, as `weight_schedule` says.
 
     Names are TRL's where TRL has one. At evaluation `eval_kl` (KL(first teacher || student) at temperature 1) and
     `eval_agreement` (of the likeliest class) are means over all items.
@@ -66,10 +66,12 @@ class Distillation(Technique):
         default=None,
         metadata={"help": "weight at the end of training; none: as at its beginning (features: the same)"},
     )
-    schedule: str = field(default="linear", metadata={"help": "how weights reach their end: linear or cosine"})
+    weight_schedule: str = field(
+        default="linear", metadata={"help": "how weights (and taid) reach their end: linear or cosine"}
+    )
     taid: float | None = field(
         default=None,
-        metadata={"help": "the target's logits are (1 - t) student + t teacher, t from here to 1 by `schedule`"},
+        metadata={"help": "the target's logits are (1 - t) student + t teacher, t rising from here to 1"},
     )
     lmbda: float = field(
         default=0.0,
@@ -178,7 +180,7 @@ class Distillation(Technique):
         self._done = state.global_step / max(1, state.max_steps - 1)
 
     def _now(self, begin: float, end: float | None) -> float:
-        return ramp(begin, end, self.schedule, self._done)
+        return ramp(begin, end, self.weight_schedule, self._done)
 
     @contextmanager
     def around(self, step: Step) -> Iterator[None]:

@@ -45,7 +45,10 @@ def check_options(given: Distillation) -> None:
     weights = given.teacher_weights
     wrong = {
         "temperature": (f"{given.temperature} is not positive", not given.temperature > 0),
-        "schedule": (f"{given.schedule!r} is not one of {', '.join(RAMPS)}", given.schedule not in RAMPS),
+        "weight_schedule": (
+            f"{given.weight_schedule!r} is not one of {', '.join(RAMPS)}",
+            given.weight_schedule not in RAMPS,
+        ),
         "taid": (f"{given.taid} is not between 0 and 1", given.taid is not None and not 0 <= given.taid <= 1),
         "lmbda": (f"{given.lmbda} is not between 0 and 1", not 0 <= given.lmbda <= 1),
         "beta": (f"{given.beta} is not between 0 and 1", not 0 <= given.beta <= 1),

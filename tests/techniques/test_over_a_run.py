@@ -30,7 +30,7 @@ def test_weights_go_to_their_ends(shape: str, chunked: bool, tmp_path: Path) -> 
     """With a learning rate of zero and one batch only the weights change what is logged."""
     features = {"hidden_mse": {"weight": 0.0, "weight_end": 2.0}}
     technique = Distillation(
-        tiny("llama", seed=1), weight=3.0, weight_end=1.0, schedule=shape, features=features, chunked=chunked
+        tiny("llama", seed=1), weight=3.0, weight_end=1.0, weight_schedule=shape, features=features, chunked=chunked
     )
     run = trainer(tiny("llama"), tmp_path, [technique], learning_rate=0.0, per_device_train_batch_size=16)
     run.train()
@@ -86,7 +86,7 @@ class Kill(TrainerCallback):
 
 
 OVER_A_RUN = {
-    "taid": {"taid": 0.2, "schedule": "cosine"},
+    "taid": {"taid": 0.2, "weight_schedule": "cosine"},
     "weights": {"weight": 2.0, "weight_end": 0.0, "features": {"hidden_mse": {"weight": 0.0, "weight_end": 1.0}}},
     "on-policy": {"lmbda": 0.6},
 }
@@ -115,7 +115,7 @@ def test_killed_and_resumed_equals_uninterrupted(options: dict[str, Any], tmp_pa
     ("options", "message"),
     [
         ({"taid": 1.5}, "taid"),
-        ({"schedule": "sine"}, "schedule"),
+        ({"weight_schedule": "sine"}, "weight_schedule"),
         ({"features": {"cka": {"weight_end": "none"}}}, "no weight"),
         ({"teacher_model": None, "teacher_cache": "folder", "taid": 0.5}, "taid"),
         ({"teacher_model": None, "teacher_cache": "folder", "lmbda": 0.5}, "lmbda"),
