@@ -13,7 +13,7 @@ from hf_compress.errors import CompressError
 from hf_compress.evaluation.cost import parameter_counts
 from hf_compress.recipe import Recipe
 from hf_compress.source import format_of, load_meta, read_config, require_floating
-from hf_compress.stages import Prune, Quantize, Shrink, Train
+from hf_compress.stages import Export, Prune, Quantize, Shrink, Train
 from hf_compress.surgery import shrink
 from hf_compress.weights import weights
 
@@ -77,8 +77,9 @@ def plan(recipe: Recipe) -> list[Planned]:
                     f"{len(names)} x {why}" for why, names in covered.skipped.items() if why not in KEPT.values()
                 )
                 notes.append(f"{REFUSED}covers {low:.1%}, below min_coverage {stage.min_coverage:.0%}: {left}")
-        elif named.kind == "export":
-            notes.append("a copy for ONNX Runtime lies in onnx/ beside the checkpoint")
+        elif isinstance(stage, Export):
+            kind = stage.quantize or "fp32"
+            notes.append(f"a copy for ONNX Runtime ({kind}) lies in onnx/ beside the checkpoint")
         rows.append(_row(named.name, named.kind, model, bytes_now, share, experts, notes))
     return rows
 
