@@ -94,8 +94,8 @@ def plan(recipe: Recipe) -> list[Planned]:
                 notes.append(f"{REFUSED}covers {low:.1%}, below min_coverage {stage.min_coverage:.0%}: {left}")
         elif isinstance(stage, Export):
             chosen = FORMATS.get(stage.format)
-            folder = chosen.folder if chosen else "onnx"
-            notes.append(f"a copy for {RUNTIMES[folder]} lies in {folder}/ beside the checkpoint")
+            folder, kind = chosen.folder if chosen else "onnx", stage.quantize or "fp32"
+            notes.append(f"a copy for {RUNTIMES[folder]} ({kind}) lies in {folder}/ beside the checkpoint")
             if chosen:
                 notes += _needs(chosen.environment, f"export to {stage.format}")
                 notes += [REFUSED + why for why in [chosen.refusal(model.config)] if why]

@@ -19,6 +19,7 @@ from hf_compress.pipeline import compress
 from hf_compress.planning import plan
 from hf_compress.recipe import parse
 from hf_compress.source import ModelSource, load_model
+from hf_compress.weights import weights
 from tests.models import tiny
 from tests.training import save_tokenizer
 
@@ -54,6 +55,9 @@ def test_a_quantized_model_is_dequantized_when_asked_and_else_refused(
     rounds_inputs = name in ("int8", "int8 activations")
     assert (got - want).norm() <= (0.1 if rounds_inputs else 1e-5) * want.norm()
     assert (got - before).norm() > 1e-3 * before.norm()
+    if name == "int8":
+        for now, first in zip(weights(dense), weights(tiny(family)), strict=True):
+            assert (now.matrix.abs().amax(1) / first.matrix.abs().amax(1) - 1).abs().max() < 2e-3  # fp16 on the way
     dense.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     with torch.no_grad():

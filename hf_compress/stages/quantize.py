@@ -69,7 +69,7 @@ class Quantize(Stage):
     samples: int = field(default=128, metadata={"help": "rows of training text to calibrate on, if the method does"})
     options: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "further options of the backend (dtype, quant_type, double_quant; activations)"},
+        metadata={"help": "further options of the backend (dtype, double_quant; quant_type; activations)"},
     )
     min_coverage: float = field(
         default=0.99, metadata={"help": "fail when less of the weights, or of the experts, is stored in these bits"}
