@@ -27,7 +27,7 @@ from hf_compress.errors import CompressError
 from hf_compress.shippable import shippable
 from hf_compress.verification import HASHES, verify, write_hashes
 
-OURS = ("*.safetensors", "*.safetensors.index.json", "onnx/*", "plots/*", "verify/*", ".eval_results/*")
+OURS = ("*.safetensors", "*.safetensors.index.json", "onnx/*", "adapter/*", "plots/*", "verify/*", ".eval_results/*")
 ATTEMPTS = 4  # of the whole upload; what arrived before is not sent again
 
 
