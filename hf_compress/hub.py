@@ -26,7 +26,10 @@ from hf_compress.hub_errors import explained, may_pass, was_sent
 from hf_compress.shippable import shippable
 from hf_compress.verification import EXPECTATION, HASHES, require_unchanged, verify, write_hashes
 
-OURS = ("*.safetensors", "*.safetensors.index.json", "onnx/*", "openvino/*", "plots/*", "verify/*", ".eval_results/*")
+OURS = (
+    *("*.safetensors", "*.safetensors.index.json", "onnx/*", "openvino/*", "adapter/*"),
+    *("plots/*", "verify/*", ".eval_results/*"),
+)
 ATTEMPTS = 4  # of the whole upload; what arrived before is not sent again
 
 

@@ -15,6 +15,7 @@ from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.grids import Grid
 from hf_compress.oneshot import Solver, compress_blocks, compress_checkpoint, empty_model, solvers
 from hf_compress.oneshot.allocation import allocate
+from hf_compress.oneshot.eora import Eora, write_adapter
 from hf_compress.oneshot.mixed import check_overrides, given_grids
 from hf_compress.oneshot.sensitivity import parts_of, sensitivities
 from hf_compress.oneshot.smoothing import Smooth, folds_of, smooth
@@ -25,6 +26,10 @@ from hf_compress.weights import Weight, weights
 FEWEST = 2  # bits
 JUDGED = 8  # rows of text that say what a matrix is worth
 OVERRIDDEN = "overridden"
+ADAPTER = (
+    "PeftModel.from_pretrained(model, FOLDER/adapter) adds the correction (with compressed-tensors after a first "
+    "forward, before which its layers have no weight that peft looks for); the figures are those without it"
+)
 
 
 @dataclass
@@ -55,6 +60,10 @@ class Quantize(Stage):
             "help": "channels to divide where they are made and multiply where they are read, before rounding: "
             "{method: awq}, or {method: smoothquant, alpha: 0.5} for rounded activations"
         },
+    )
+    eora: Eora | None = field(
+        default=None,
+        metadata={"help": "write what rounding took away as a LoRA adapter beside the checkpoint: {rank: 32}"},
     )
     method: str | None = field(
         default=None,
@@ -102,13 +111,15 @@ class Quantize(Stage):
             self._check_bits()
         except CompressError as error:
             raise CompressError(error.what, where=f"{where}.{error.where}", next_step=error.next_step) from error
-        if self.smooth is not None:
-            self.smooth.check(where=f"{where}.smooth")
+        for key, wanted in (("smooth", self.smooth), ("eora", self.eora)):
+            if wanted is None:
+                continue
+            wanted.check(where=f"{where}.{key}")
             if self.streaming or "grid" not in backends.entry(self.backend).traits:
                 raise CompressError(
-                    "smoothing changes the whole model in memory, for the grid of a container",
-                    where=f"{where}.smooth",
-                    next_step="leave streaming out, or smooth",
+                    f"{key} needs the whole model in memory, and the grid of a container",
+                    where=f"{where}.{key}",
+                    next_step=f"leave streaming out, or {key}",
                 )
         for key, asked, trait in (("method", self.method, "grid"), ("streaming", self.streaming, "packing")):
             if asked and trait not in backends.entry(self.backend).traits:
@@ -243,17 +254,26 @@ class Quantize(Stage):
         scales, facts = work.scales if "packing" in traits else None, dict[str, Any]()
         if self.budget is not None:
             facts["allocation"] = self._allocate(work, scheme)
-        rounding = None if self.method is None else self._rounding(scheme, self.method)
-        reads = self.smooth is not None or "environment" in traits or (rounding is not None and rounding.needs)
+        ours = self.method or ("rtn" if self.eora is not None else None)
+        rounding = None if ours is None else self._rounding(scheme, ours)
+        reads = self.smooth is not None or self.eora is not None or "environment" in traits
+        reads |= rounding is not None and bool(rounding.needs)
         batches = work.calibration(work.model.config.vocab_size, self.samples) if reads else []
         foreseen = foresee(work.model, self.backend, **scheme, **self.options)
         only = [w.name for w in weights(work.model) if w.name not in foreseen.reasons]
         if self.smooth is not None:
             own = scheme.get("grids")
             facts["smooth"] = smooth(work.model, batches, self.smooth, self._grid, grids=own, only=only)
+        dense = {w.name: w.matrix.clone() for w in weights(work.model) if w.name in only and self.eora is not None}
         if rounding is not None:
             report = compress_blocks(work.model, batches, rounding, only=only, resume_dir=work.folder / "blocks")
             scales, facts = report.scales, facts | report.facts()
+        extras: dict[str, Path] = {}
+        if self.eora is not None:
+            extras["adapter"] = work.folder / "adapter"
+            shutil.rmtree(extras["adapter"], ignore_errors=True)
+            facts["eora"] = write_adapter(work.model, batches, dense, extras["adapter"], rank=self.eora.rank)
+            del dense
         written = quantize(
             work.model,
             saved,
@@ -266,13 +286,8 @@ class Quantize(Stage):
             **self.options,
         )
         written.coverage.require(self.min_coverage, where=where)
-        return Done(
-            written.model,
-            facts | written.facts | {"notes": written.notes},
-            written.coverage,
-            saved,
-            quantized=self.backend,
-        )
+        facts |= written.facts | {"notes": written.notes + ([ADAPTER] if extras else [])}
+        return Done(written.model, facts, written.coverage, saved, extras, quantized=self.backend)
 
 
 def _free(model: PreTrainedModel, fixed: dict[str, Grid]) -> dict[str, list[Weight]]:

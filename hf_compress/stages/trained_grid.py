@@ -61,6 +61,7 @@ def _check_stores(stage: Quantize, qat: QAT, name: str, between: str, *, where: 
         f"{stage.backend} finds scales again as the largest weight of a group, and {name} trained others": moves,
         f"double_quant rounds the scales that {name} trained with": bool(stage.options.get("double_quant")),
         f"{stage.method} rounds anew what {name} trained": stage.method is not None,
+        f"eora rounds anew what {name} trained": stage.eora is not None,
         f"streaming finds anew the scales that {name} trained": stage.streaming,
         f"overrides store some weights on another grid than {name} trained": bool(stage.overrides),
         f"smoothing moves the weights off the grid that {name} trained": stage.smooth is not None,

@@ -195,5 +195,5 @@ def test_a_recipe_smooths_before_it_rounds(tmp_path: Path) -> None:
     for wrong, what in (({"method": "awk"}, "unknown method"), ({"alpha": 2.0}, "not within 0 and 1")):
         with pytest.raises(CompressError, match=what):
             parse(recipe | {"stages": [{"quantize": how | {"smooth": wrong}}]})
-    with pytest.raises(CompressError, match="the whole model in memory"):
+    with pytest.raises(CompressError, match="smooth needs the whole model in memory"):
         parse(recipe | {"stages": [{"quantize": how | {"streaming": True}}]})

@@ -33,6 +33,6 @@ def rtn(*, grid: Grid, grids: Mapping[str, Grid] | None = None) -> Solver:
 def _rounded(weight: Weight, grid: Grid) -> Solved:
     try:
         scale, zero = min_max(weight.matrix, grid) if grid.kind == "uint" else (scales(weight.matrix, grid), None)
-        return Solved(fake_quantize(weight.matrix, scale, grid, zero), scale)
+        return Solved(fake_quantize(weight.matrix, grid.stored(scale), grid, zero), scale)
     except CompressError as error:
         raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
