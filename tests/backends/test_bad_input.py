@@ -26,8 +26,8 @@ from tests.models import tiny
 )
 def test_bits_and_groups_that_a_container_does_not_have(scheme: dict[str, Any], reason: str, tmp_path: Path) -> None:
     tiny("llama").config.save_pretrained(tmp_path)  # there are no weights to read
+    model = {"id": str(tmp_path), "task": "causal-lm"}
     with pytest.raises(CompressError, match=reason):
-        model = {"id": str(tmp_path), "task": "causal-lm"}
         require_possible(parse({"name": "x", "model": model, "stages": [{"quantize": scheme}]}))
 
 
