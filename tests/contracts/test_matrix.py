@@ -53,7 +53,8 @@ def test_every_cell_is_what_was_foreseen_and_what_the_readme_says(backend: str, 
             said = foresee(model, backend, **options)
             rest = 4 * sum(p.numel() for p in model.parameters()) - said.dense_bytes
             tensors = load_file(folder / "model.safetensors")
-            stored = sum(tensor.nbytes for key, tensor in tensors.items() if not key.endswith("quant_map"))
+            tables = ("quant_map", "quant_state")  # bitsandbytes' own, one for each matrix whatever its size
+            stored = sum(t.nbytes for key, t in tensors.items() if not any(table in key for table in tables))
             assert stored == pytest.approx(said.bytes + rest, rel=0.02), cell
             if backend != "bitsandbytes":  # which stores its tables with every matrix
                 task = "text-classification" if family == "bert" else "causal-lm"
