@@ -61,6 +61,12 @@ def test_the_budget_holds_and_nothing_known_is_better(slots: int, made: Any, sha
     assert all(after <= before + 1e-9 for before, after in pairwise(reached))
 
 
+def test_uniform_bits_win_where_slots_are_too_coarse_to_see_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "SLOTS", 2)
+    sizes = {"a": {2: 20.0, 4: 30.0}, "b": {2: 20.0, 4: 31.0}}  # 21 above the least, in slots of 11: one each, not two
+    assert allocate({"a": {2: 1.0, 4: 0.0}, "b": {2: 1.0, 4: 0.0}}, sizes, 61.0) == {"a": 4, "b": 4}
+
+
 def test_a_budget_below_the_least_is_refused() -> None:
     with pytest.raises(CompressError, match="below the least that all parts need, 20"):
         allocate({"a": {2: 1.0}}, {"a": {2: 20.0}}, 19.9)

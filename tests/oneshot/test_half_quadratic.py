@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_compress import quantize
 from hf_compress.backends import backends
+from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
 from hf_compress.grids import Grid, fake_quantize, min_max, scales
 from hf_compress.oneshot import compress_blocks, prune, solvers
@@ -81,6 +82,18 @@ def test_no_group_is_worse_than_the_nearest_and_outliers_gain(grid: Grid) -> Non
     assert (found > 0).all()
     if moved is not None:
         assert torch.equal(moved, moved.round())
+
+
+def test_what_is_chosen_where_the_largest_must_stay_is_no_worse_than_the_nearest() -> None:
+    grid, model = Grid(4, 16, "nf4", pinned=True), tiny("llama")
+    weight = weights(model)[0]
+    weight.matrix.copy_(torch.randn_like(weight.matrix) * torch.linspace(0.2, 5, 64))
+    losses = []
+    for name in ("hqq", "rtn"):
+        (solved,) = solvers[name](grid=grid).solve([weight], Statistics())
+        losses.append(grid.groups((weight.matrix - solved.values).abs().pow(0.7)).sum(-1))
+    assert (losses[0] <= losses[1] * (1 + 1e-4)).all()
+    assert losses[0].sum() < losses[1].sum()
 
 
 @pytest.mark.parametrize("kind", ["int", "uint"])
