@@ -69,7 +69,8 @@ def check(
     paper="https://arxiv.org/abs/2507.16099",
     disk="about 4x smaller than fp32 for the matrices it holds",
     memory="kept small",
-    speed="near the dense model; int8 activations about 20x slower on a CPU without VNNI instructions",
+    speed="int8 near the dense model; on a CPU float8 several times slower at batch 1, int8 activations about 20x "
+    "slower without VNNI instructions",
     experts="float8 only",
     serves="transformers, vLLM",
     needs="torchao",
