@@ -47,7 +47,7 @@ def exported(model: Any, room: Path, name: str, quantized: str | None) -> dict[s
 
 def rounded(model: Any, room: Path, bits: int, group_size: int | None) -> dict[str, Any]:
     rows = calibration(model.config.vocab_size)
-    written = quantize(model, room / "gptq", backend="gptq", bits=bits, group_size=group_size, calibration=rows)
+    written = quantize(model, room / "gptq", backend="gptq", bits=bits, group_size=group_size, batches=rows)
     size = sum(p.stat().st_size for p in (room / "gptq").glob("*.safetensors"))
     opened = verify(room / "gptq")[str(room / "gptq")]["logits_difference"]
     return written.facts | {"reopened_difference": opened, "bytes": size}

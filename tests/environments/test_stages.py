@@ -178,7 +178,7 @@ def test_verify_opens_the_copy_in_its_environment(stub: Any, tmp_path: Path) -> 
 
 def test_gptq_is_opened_by_the_environment(stub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"input_ids": torch.full((2, 9), 7), "attention_mask": torch.ones(2, 9, dtype=torch.long)}]
-    written = quantize(tiny("llama"), tmp_path / "out", backend="gptq", bits=4, group_size=32, calibration=rows)
+    written = quantize(tiny("llama"), tmp_path / "out", backend="gptq", bits=4, group_size=32, batches=rows)
     assert written.model is None
     assert written.coverage.share == 1.0
     assert not (tmp_path / "out" / worker.EXPECTATION).exists()
@@ -210,7 +210,7 @@ def test_gptq_options_are_checked_from_the_recipe(options: dict[str, Any], says:
     ("options", "says"),
     [
         ({"format": "openvin"}, "did you mean 'openvino'"),
-        ({"format": "onnx", "quantize": "int4"}, "known: int8, none"),
+        ({"format": "onnx", "quantize": "int4"}, "known: int8, int8-static, none"),
     ],
 )
 def test_export_options_are_checked_from_the_recipe(options: dict[str, Any], says: str) -> None:
