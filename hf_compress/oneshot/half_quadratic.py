@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compress.grids import Grid, pinned
+from hf_compress.grids import Grid
 
 
 @dataclass
@@ -15,8 +15,7 @@ class Half:
     """The state of one matrix in units of its first scales: all tensors (out, groups, group), but factor and zero
     (out, groups, 1).
 
-    goal: x, the weights. error: e, what of x is left to the error. level: q. fixed: levels that must stay, NaN
-    elsewhere. The values are factor * (level - zero).
+    goal: x, the weights. error: e, what of x is left to the error. level: q. The values are factor * (level - zero).
     """
 
     goal: Tensor
@@ -24,18 +23,13 @@ class Half:
     level: Tensor
     factor: Tensor
     zero: Tensor
-    fixed: Tensor
 
     @staticmethod
     def start(matrix: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Half:
         """At the nearest levels."""
         goal = grid.groups(matrix).float() / scale[..., None].float()
         offset = torch.zeros_like(scale[..., None]).float() if zero is None else zero[..., None].float()
-        pins = pinned(matrix, grid)
-        fixed = torch.full_like(goal, torch.nan)
-        if pins is not None:
-            fixed = torch.where(grid.groups(pins), goal.sign() * grid.largest, fixed)
-        made = Half(goal, torch.zeros_like(goal), torch.zeros_like(goal), torch.ones_like(offset), offset, fixed)
+        made = Half(goal, torch.zeros_like(goal), torch.zeros_like(goal), torch.ones_like(offset), offset)
         made.round(grid, whole=True)
         return made
 
@@ -69,7 +63,7 @@ class Half:
     def round(self, grid: Grid, *, whole: bool = False) -> None:
         """q <- nearest((x - e) / factor + zero); `whole`: of x itself, which is best for `loss`."""
         left = self.goal if whole else self.goal - self.error
-        self.level = torch.where(self.fixed.isnan(), grid.nearest(left / self.factor + self.zero), self.fixed)
+        self.level = grid.nearest(left / self.factor + self.zero)
 
     def fit_factor(self) -> None:
         """factor <- the least squares of x - e on q - zero; groups all at 0 keep theirs."""
