@@ -87,9 +87,13 @@ def test_ctrl_c_stops_the_worker_and_leaves_nothing(tmp_path: Path) -> None:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        call(tmp_path, body)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            call(tmp_path, body)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not psutil.pid_exists(int((tmp_path / "marker").read_text()))
     assert left(tmp_path) == []
 
