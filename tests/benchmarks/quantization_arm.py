@@ -11,6 +11,7 @@ Perplexity and KL to the dense model are taken afterwards from the weights as th
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -82,6 +83,37 @@ def by_auto_round(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedMode
     return found
 
 
+def by_optimum(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
+    """optimum's GPTQ (gptqmodel's solver) with act-order; its plain torch kernel answers."""
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    rows = [{"input_ids": row[None].tolist(), "attention_mask": torch.ones_like(row)[None].tolist()} for row in ids]
+    config = GPTQConfig(
+        bits=int(args.scheme[1:]),
+        group_size=args.group,
+        sym=True,
+        desc_act=True,
+        act_group_aware=False,
+        dataset=rows,
+        backend="torch",
+        model_seqlen=ids.shape[1],
+    )
+    return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, quantization_config=config)
+
+
+def by_torchao(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
+    """Its weight-only integers, to the nearest: it takes no calibration text, and no stacked experts."""
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+
+    from hf_compress.weights import weights
+
+    model = load(args.model)
+    names = {weight.module_name for weight in weights(model)}
+    config = IntxWeightOnlyConfig(getattr(torch, f"int{args.scheme[1:]}"), granularity=PerGroup(args.group))
+    quantize_(model, config, lambda _, name: name in names)
+    return model
+
+
 def by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
     from hf_compress.backends import backends
     from hf_compress.families import expert_options
@@ -101,7 +133,20 @@ def by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
     return model
 
 
-LIBRARIES = {"ours": by_us, "llm-compressor": by_llm_compressor, "auto-round": by_auto_round}
+LIBRARIES = {
+    "ours": by_us,
+    "llm-compressor": by_llm_compressor,
+    "auto-round": by_auto_round,
+    "optimum": by_optimum,
+    "torchao": by_torchao,
+}
+IMPORTS = {  # before memory and time count
+    "ours": "hf_compress.backends hf_compress.oneshot",
+    "llm-compressor": "llmcompressor.modifiers.quantization",
+    "auto-round": "auto_round",
+    "optimum": "optimum.gptq gptqmodel",
+    "torchao": "torchao.quantization hf_compress.weights",
+}
 
 
 def main() -> None:
@@ -119,13 +164,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokens = load_file(args.tokens)
-    if args.library == "ours":
-        import hf_compress.backends
-        import hf_compress.oneshot  # noqa: F401  imported before memory and time count
-    elif args.library == "auto-round":
-        import auto_round  # noqa: F401
-    else:
-        import llmcompressor.modifiers.quantization  # noqa: F401
+    for module in IMPORTS[args.library].split():
+        importlib.import_module(module)
     with Peak() as peak:
         wall, cpu = time.time(), time.process_time()
         model = LIBRARIES[args.library](args, tokens[f"calibration-{args.seed}"])

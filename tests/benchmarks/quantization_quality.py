@@ -1,7 +1,7 @@
 """Weight-only quantization against its peers on the same calibration tokens: quality and CPU time.
 
     python tests/benchmarks/quantization_quality.py --seeds 0 1 2 \\
-        --llm-compressor PYTHON --auto-round PYTHON          # each: `hf-compress env add NAME` prints its python
+        --llm-compressor PYTHON --auto-round PYTHON --optimum PYTHON   # `hf-compress env add NAME` prints each
 
 SmolLM2-135M (from its package; symmetric groups of 64, as 576 is no multiple of 128) and IMDB reviews, 32 x 512 tokens
 to calibrate on, other ones for each seed, 30 x 512 held out for everybody. An arm is a process of its own
@@ -24,13 +24,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from transformers import AutoConfig
+
 sys.path.insert(0, str(Path(__file__).parent))
 from oneshot_pruning import divergence, gap, ratio, smollm2, write_tokens
 from report import figure, record
 
 SCHEMES = ("w3", "w4", "nf4", "nf4-double", "w2", "w8")
 OURS, PLAIN = ("ours", "gptq"), ("ours", "rtn")
-PEERS = (("auto-round", ""), ("llm-compressor", ""))
+PEERS = (("auto-round", ""), ("llm-compressor", ""), ("optimum", ""), ("torchao", ""))
+DENSE_EXPERTS = ("optimum", "torchao")  # they leave stacked experts as they are: no comparison where a model has them
 TARGETS = {  # scheme, peer -> ours / theirs, in perplexity gap and KL
     **{(scheme, ("auto-round", "")): 0.70 for scheme in ("w3", "w4")},
     **{(scheme, ("llm-compressor", "")): 0.45 for scheme in ("w3", "w4")},
@@ -42,9 +45,13 @@ Run = dict[str, Any]
 def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namespace) -> Run | None:
     out = args.output / f"{args.name}-{library}-{method}-{scheme}-{seed}.json"
     if not out.exists():
-        python = {"ours": sys.executable, "auto-round": args.auto_round, "llm-compressor": args.llm_compressor}[
-            library
-        ]
+        python = {
+            "ours": sys.executable,
+            "torchao": sys.executable,
+            "optimum": args.optimum,
+            "auto-round": args.auto_round,
+            "llm-compressor": args.llm_compressor,
+        }[library]
         if args.report or python is None:
             return None
         command = [str(python), str(Path(__file__).with_name("quantization_arm.py")), "--library", library]
@@ -82,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llm-compressor", type=Path, help="python of an environment with llm-compressor")
     parser.add_argument("--auto-round", type=Path, help="python of an environment with auto-round")
+    parser.add_argument("--optimum", type=Path, help="python of the environment gptq")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", type=Path, help="a causal model's folder; none = SmolLM2-135M")
@@ -99,10 +107,16 @@ def main() -> None:
     args.tokens = args.output / f"{args.name}.safetensors"
     if not args.tokens.exists():
         write_tokens(args.model, args.tokens, length=args.length, rows=args.rows, held=args.held)
+    stacked = bool(getattr(AutoConfig.from_pretrained(args.model), "n_routed_experts", None))
     runs: dict[tuple[str, tuple[str, str]], dict[int, Run]] = {}
     for seed in args.seeds:
         for scheme in args.schemes:
-            for library, method in (PLAIN, OURS, *(PEERS if scheme in ("w2", "w3", "w4") else ())):
+            peers = (
+                [who for who in PEERS if not (stacked and who[0] in DENSE_EXPERTS)]
+                if scheme in ("w2", "w3", "w4")
+                else []
+            )
+            for library, method in (PLAIN, OURS, *peers):
                 one = arm(library, method, scheme, seed, args)
                 if one is not None:
                     runs.setdefault((scheme, (library, method)), {})[seed] = one
