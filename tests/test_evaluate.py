@@ -10,7 +10,7 @@ from hf_compress.data import Data
 from hf_compress.errors import CompressError
 from hf_compress.evaluation import Evaluate, evaluate
 from hf_compress.evaluation.artefacts import open_folder
-from hf_compress.evaluation.cost import paired_latency, parameter_counts, sparsity
+from hf_compress.evaluation.cost import cpu_name, paired_latency, parameter_counts, sparsity
 from hf_compress.evaluation.quality import paired_difference
 from hf_compress.verification import verify
 from hf_compress.weights import weights
@@ -46,6 +46,12 @@ def test_latency_is_interleaved_and_compared_with_the_first() -> None:
     found = paired_latency({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=4, warmup=1)
     assert order[2:] == ["a", "b"] * 4
     assert set(found["b"]) - set(found["a"]) == {"speedup_wall", "speedup_cpu"}
+
+
+def test_a_cpu_is_named_with_the_instructions_that_int8_needs() -> None:
+    one = "processor\t: {}\nmodel name\t: AMD EPYC\nflags\t\t: fpu sse2 avx2 {}\n\n"
+    assert cpu_name(one.format(0, "") + one.format(1, "")) == "AMD EPYC, avx2"
+    assert cpu_name(one.format(0, "avx512_vnni avx512f")) == "AMD EPYC, avx2, avx512f, avx512_vnni"
 
 
 def test_active_parameters_count_the_experts_a_token_meets() -> None:

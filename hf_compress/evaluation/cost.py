@@ -25,6 +25,8 @@ from hf_compress.families import family_of
 from hf_compress.source import TASKS
 from hf_compress.weights import is_packed, weights
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+
 
 def paired_latency(
     candidates: dict[str, Callable[[], object]],
@@ -123,15 +125,20 @@ def memory_after_forward(folder: str, task: str, length: int) -> float:
     return float(line.split()[1])
 
 
+def cpu_name(cpuinfo: str) -> str:
+    """The processor and which of its instructions decide how fast int8 and bf16 are, from the text of /proc/cpuinfo:
+    one model name sells CPUs with and without them. ``AMD EPYC, avx2`` multiplies int8 no faster than fp32."""
+    fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
+    found = {name.strip(): value.strip() for name, value in fields.items()}
+    flags = set((found.get("flags") or found.get("Features") or "").split())
+    return ", ".join([found.get("model name") or platform.processor(), *(f for f in INSTRUCTIONS if f in flags)])
+
+
 def machine_facts() -> dict[str, Any]:
     """What the numbers were measured on."""
-    names = (
-        [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
+    cpuinfo = Path("/proc/cpuinfo")
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu_name(cpuinfo.read_text() if cpuinfo.exists() else ""),
         "cores": psutil.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "system": platform.system(),
