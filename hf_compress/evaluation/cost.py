@@ -126,8 +126,9 @@ def memory_after_forward(folder: str, task: str, length: int) -> float:
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """The processor and which of its instructions decide how fast int8 and bf16 are, from the text of /proc/cpuinfo:
-    one model name sells CPUs with and without them. ``AMD EPYC, avx2`` multiplies int8 no faster than fp32."""
+    """The processor with those of its instructions that decide how fast int8 and bf16 are, from the text of
+    /proc/cpuinfo: one model name sells CPUs with and without them. ``AMD EPYC, avx2`` (no VNNI) makes at most two
+    products of int8 in the time of one of fp32."""
     fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
     found = {name.strip(): value.strip() for name, value in fields.items()}
     flags = set((found.get("flags") or found.get("Features") or "").split())
