@@ -6,8 +6,9 @@ import inspect
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
 from hf_compress.backends import backends, foresee, quantize
@@ -100,13 +101,22 @@ class Quantize(Stage):
             "calibration",
             "say",
         }
-        for option in self.options:
+        hints = get_type_hints(backends[self.backend])
+        for option, value in self.options.items():
             if option not in known:
                 raise CompressError(
                     f"{self.backend} has no option {option!r}",
                     where=f"{where}.options",
                     next_step=did_you_mean(option, known),
                 )
+            try:
+                TypeAdapter(hints[option]).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise CompressError(
+                    f"{error.errors()[0]['msg']} (got {value!r})", where=f"{where}.options.{option}"
+                ) from error
+        if self.samples < 1:
+            raise CompressError(f"{self.samples} rows calibrate nothing", where=f"{where}.samples")
         try:
             self._check_bits()
         except CompressError as error:
