@@ -17,7 +17,7 @@ from hf_compress.planning import require_possible
 from hf_compress.recipe import parse
 from hf_compress.weights import is_packed, weights
 from tests.models import tiny
-from tests.training import WORDS, save_reviews, save_tokenizer
+from tests.training import WORDS, save_reviews, save_tokenizer, trainer
 
 IDS = torch.arange(3, 19)[None]
 AO = backends["torchao"]
@@ -137,6 +137,13 @@ def test_adapters_train_on_packed_weights_as_on_what_they_stand_for(name: str, o
             step = 1 / 16 if options.get("quant_type") else 0.51 / 127
             off = (weight.whole.dequantize() - exact.matrix).abs()
             assert (off <= step * exact.matrix.abs().amax(1, keepdim=True)).all(), weight.name
+
+
+def test_rounded_activations_do_not_train(tmp_path: Path) -> None:
+    packed = AO(tiny("llama"), None, tmp_path / "out", bits=8, activations=8).model
+    student = get_peft_model(packed, LoraConfig(**LORA))
+    with pytest.raises(CompressError, match="no gradient back"):
+        trainer(student, tmp_path, [])
 
 
 def stages(*found: dict) -> dict:
