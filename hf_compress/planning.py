@@ -65,6 +65,8 @@ def plan(recipe: Recipe) -> list[Planned]:
             scheme = {"bits": packed.bits, "group_size": packed.group_size} | packed.options
             if why := entry.traits["adapters"](model, **scheme):
                 notes.append(f"{REFUSED}LoRA does not train on {entry.name}: {why}")
+        if recipe.data is None and stage.calibrates(model):
+            notes.append(f"{REFUSED}it calibrates on text, and the recipe has no data: section")
         share = experts = None
         bytes_now = _dense_bytes(model)
         if isinstance(stage, Shrink):

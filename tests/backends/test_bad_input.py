@@ -9,7 +9,7 @@ import torch
 
 from hf_compress.backends import quantize
 from hf_compress.errors import CompressError
-from hf_compress.planning import require_possible
+from hf_compress.planning import plan, require_possible
 from hf_compress.recipe import parse
 from tests.models import tiny
 
@@ -49,6 +49,32 @@ def test_bits_and_groups_that_a_container_does_not_have(scheme: dict[str, Any], 
     model = {"id": str(tmp_path), "task": "causal-lm"}
     with pytest.raises(CompressError, match=reason):
         require_possible(parse({"name": "x", "model": model, "stages": [{"quantize": scheme}]}))
+
+
+@pytest.mark.parametrize(
+    ("stage", "reads"),
+    [
+        ({"quantize": {"bits": 4}}, False),
+        ({"quantize": {"bits": 4, "method": "hqq"}}, False),
+        ({"quantize": {"bits": 4, "method": "gptq"}}, True),
+        ({"quantize": {"bits": 4, "backend": "compressed-tensors", "streaming": True, "method": "gptq"}}, True),
+        ({"quantize": {"bits": 4, "eora": {"rank": 4}}}, True),
+        ({"quantize": {"bits": 4, "smooth": {"method": "awq"}}}, True),
+        ({"quantize": {"bits": 4, "backend": "compressed-tensors", "budget": 4.5}}, True),
+        ({"quantize": {"bits": 4, "backend": "gptq"}}, True),
+        ({"prune": {}}, True),
+        ({"prune": {"method": "criterion", "criterion": "magnitude"}}, False),
+    ],
+)
+def test_a_stage_that_calibrates_needs_data_before_a_weight_is_read(
+    stage: dict[str, Any], reads: bool, tmp_path: Path
+) -> None:
+    tiny("llama").config.save_pretrained(tmp_path)
+    model = {"id": str(tmp_path), "task": "causal-lm"}
+    recipe = {"name": "x", "model": model, "stages": [stage]}
+    refused = [note for row in plan(parse(recipe)) for note in row.notes if "no data: section" in note]
+    assert bool(refused) == reads
+    assert not any("no data" in n for row in plan(parse(recipe | {"data": {"id": "unread"}})) for n in row.notes)
 
 
 PACKED: dict[str, dict[str, Any]] = {
