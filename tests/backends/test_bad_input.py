@@ -100,13 +100,14 @@ def test_weights_that_are_packed_already_or_not_finite_are_refused(name: str, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_scales_of_no_weight_or_for_no_grid_or_not_finite_are_refused(tmp_path: Path) -> None:
+def test_scales_that_no_container_could_mean_are_refused(tmp_path: Path) -> None:
     name, out = "model.layers.1.mlp.up_proj.weight", tmp_path / "out"
     given = {name: torch.full((128, 1), torch.nan)}
     for scheme, scales, reason in (
         (PACKED["compressed-tensors"], {name.replace("up", "upp"): given[name]}, "did you mean .*up_proj"),
         (PACKED["torchao"], given, "torchao finds scales of its own"),
         (PACKED["compressed-tensors"], given, "off by nan steps"),
+        (PACKED["compressed-tensors"], {name: torch.full((128, 1), 1e-3)}, "more than rounding explains"),
         (PACKED["nf4"], {name: torch.full((128, 1), torch.nan)}, "differs from the one that was chosen by nan"),
     ):
         with pytest.raises(CompressError, match=reason):
