@@ -65,8 +65,6 @@ def plan(recipe: Recipe) -> list[Planned]:
             scheme = {"bits": packed.bits, "group_size": packed.group_size} | packed.options
             if why := entry.traits["adapters"](model, **scheme):
                 notes.append(f"{REFUSED}LoRA does not train on {entry.name}: {why}")
-        if recipe.data is None and stage.calibrates(model):
-            notes.append(f"{REFUSED}it calibrates on text, and the recipe has no data: section")
         share = experts = None
         bytes_now = _dense_bytes(model)
         if isinstance(stage, Shrink):
@@ -110,6 +108,8 @@ def plan(recipe: Recipe) -> list[Planned]:
             if chosen:
                 notes += _needs(chosen.environment, f"export to {stage.format}")
                 notes += [REFUSED + why for why in [chosen.refusal(model.config)] if why]
+        if recipe.data is None and stage.calibrates(model):
+            notes.append(f"{REFUSED}it calibrates on text, and the recipe has no data: section")
         rows.append(_row(named.name, named.kind, model, bytes_now, share, experts, notes))
     return rows
 
