@@ -113,8 +113,14 @@ def scales(matrix: Tensor, grid: Grid) -> Tensor:
     there a second rounding moves about one code in a hundred by one step.
 
     Raises:
-        CompressError: weights that are not finite; the group size does not divide the inputs.
+        CompressError: weights that are not finite; the group size does not divide the inputs; a ``uint`` grid.
     """
+    if grid.kind == "uint":
+        raise CompressError(
+            "a grid with zero points is not one around 0",
+            where="quantization grid",
+            next_step="kind int, or a solver that finds zero points (rtn, hqq)",
+        )
     top = _finite(grid.groups(matrix).abs().amax(-1).float())
     return torch.where(top > 0, top / grid.largest, torch.ones_like(top)).to(matrix.dtype)
 

@@ -16,7 +16,7 @@ from hf_compress.evaluation.cost import parameter_counts
 from hf_compress.recipe import Recipe
 from hf_compress.source import format_of, load_meta, read_config, require_floating
 from hf_compress.stages import Export, Prune, Quantize, Shrink, Train
-from hf_compress.stages.trained_grid import unrounded
+from hf_compress.stages.trained_grid import not_as_trained
 from hf_compress.surgery import shrink
 from hf_compress.techniques.qat import QAT
 from hf_compress.weights import weights
@@ -47,16 +47,24 @@ def plan(recipe: Recipe) -> list[Planned]:
 
     Raises:
         CompressError: as loading the recipe and its config; a model that is quantized already; a shrink that is
-        impossible.
+        impossible; QAT of what the model has not.
     """
     config = read_config(recipe.model)
     require_floating(recipe.model, config)
     model = load_meta(recipe.model)
     trained: QAT | None = None
+    packed: Quantize | None = None
     rows = [_row("source", "source", model, _source_bytes(config, model))]
     for named in recipe.stages:
         stage, notes = named.stage, list[str]()
         trained = stage.qat if isinstance(stage, Train) else trained
+        if isinstance(stage, Train) and stage.qat is not None:
+            stage.qat.check_model(model)
+        if isinstance(stage, Train) and packed is not None:
+            entry = backends.entry(packed.backend)
+            scheme = {"bits": packed.bits, "group_size": packed.group_size} | packed.options
+            if why := entry.traits["adapters"](model, **scheme):
+                notes.append(f"{REFUSED}LoRA does not train on {entry.name}: {why}")
         share = experts = None
         bytes_now = _dense_bytes(model)
         if isinstance(stage, Shrink):
@@ -66,9 +74,10 @@ def plan(recipe: Recipe) -> list[Planned]:
             notes.append("zeros make no file smaller and no stock runtime faster")
             share = coverage(model, [w.name for w in weights(model)]).share
         elif isinstance(stage, Quantize):
-            entry = backends.entry(stage.backend)
-            if "dtype" in stage.options:
-                model.to(getattr(torch, stage.options["dtype"]))
+            packed, entry = stage, backends.entry(stage.backend)
+            before, dtype = model.dtype, stage.options.get("dtype")
+            if dtype is not None:
+                model.to(getattr(torch, dtype))
             foreseen = foresee(model, stage.backend, **stage.scheme(model), **stage.options)
             covered, refused = foreseen.coverage, foreseen.refused
             bits = min(foreseen.bits, float("inf") if stage.budget is None else stage.budget)
@@ -76,7 +85,7 @@ def plan(recipe: Recipe) -> list[Planned]:
             bytes_now -= (foreseen.bits - bits) * foreseen.count / 8
             share, experts = covered.share, covered.experts
             if trained is not None:
-                notes += [f"{REFUSED}{problem}" for problem in unrounded(trained, model, foreseen.reasons)]
+                notes += [REFUSED + what for what in not_as_trained(trained, model, foreseen.reasons, before)]
             if refused is not None:
                 notes.append(f"{REFUSED}{refused.what} ({refused.where}); {refused.next_step}")
             if foreseen.count:
@@ -99,6 +108,8 @@ def plan(recipe: Recipe) -> list[Planned]:
             if chosen:
                 notes += _needs(chosen.environment, f"export to {stage.format}")
                 notes += [REFUSED + why for why in [chosen.refusal(model.config)] if why]
+        if recipe.data is None and stage.calibrates(model):
+            notes.append(f"{REFUSED}it calibrates on text, and the recipe has no data: section")
         rows.append(_row(named.name, named.kind, model, bytes_now, share, experts, notes))
     return rows
 

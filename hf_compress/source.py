@@ -18,10 +18,12 @@ from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.bnb_guard import disable_cpu_packing
-from hf_compress.dequantize import FORMATS, dequantized, write_without_fp8
-from hf_compress.errors import CompressError, require
+from hf_compress.dequantize import FORMATS, FP8_BLOCK, dequantized, write_without_fp8
+from hf_compress.errors import CompressError, did_you_mean, require
 from hf_compress.families import expert_options
 
+DTYPES = ("float32", "bfloat16", "float16")
+TOKENIZERS = ("*token*", "vocab*", "*.model")  # names of the files that hold one
 TASKS = {"causal-lm": "AutoModelForCausalLM", "text-classification": "AutoModelForSequenceClassification"}
 
 
@@ -76,8 +78,14 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
     """The model's config, no weights read.
 
     Raises:
-        CompressError: neither or both of id and config; no config there.
+        CompressError: neither or both of id and config; an unknown dtype; no config there.
     """
+    if source.dtype not in ("auto", *DTYPES):
+        raise CompressError(
+            f"unknown dtype {source.dtype!r}",
+            where="model.dtype",
+            next_step=did_you_mean(source.dtype, ("auto", *DTYPES)),
+        )
     if (source.id is None) == (source.config is None):
         raise CompressError(
             "a model has either an id or a config",
@@ -110,15 +118,26 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
 
 def format_of(config: PreTrainedConfig) -> str | None:
     """What the weights are quantized with; None: floating."""
-    found = getattr(config, "quantization_config", None) or {}
-    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    method = _quantization(config).get("quant_method")
     return None if method is None else str(getattr(method, "value", method))
+
+
+def _quantization(config: PreTrainedConfig) -> dict[str, Any]:
+    found: Any = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else dict(found.to_dict())
 
 
 def require_floating(source: ModelSource, config: PreTrainedConfig) -> None:
     """Raise a CompressError for a recipe's model that came quantized and is not to be dequantized, or cannot be."""
     method = format_of(config)
     before = "start from the model before it was quantized"
+    block = _quantization(config).get("weight_block_size")
+    if method == "fp8" and list(block or ()) != [FP8_BLOCK, FP8_BLOCK]:
+        raise CompressError(
+            f"its FP8 weights have scales for blocks of {block}, and only {FP8_BLOCK} x {FP8_BLOCK} is read here",
+            where="model",
+            next_step=before,
+        )
     if method is None or source.gguf_file or method == "fp8":
         return
     if method not in FORMATS:
@@ -260,9 +279,13 @@ def load_meta(source: ModelSource) -> PreTrainedModel:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the model, or where the source says; None for a model from a config without one."""
+    """The tokenizer beside the model, or where the source says; None for a model from a config, or a folder, without
+    one."""
     where = source.tokenizer or source.id
     if where is None:
+        return None
+    beside = Path(local_path(where)) if source.tokenizer is None and not source.gguf_file else Path()
+    if beside != Path() and beside.is_dir() and not any(f for name in TOKENIZERS for f in beside.glob(name)):
         return None
     place = {} if source.tokenizer is not None else {"revision": source.revision or "main"} | _gguf(source)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

@@ -26,7 +26,7 @@ from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 from hf_compress.techniques.state import load_state, save_state
 from hf_compress.trainer_push import PublishingTrainer, check_arguments
-from hf_compress.weights import base_of
+from hf_compress.weights import base_of, rounds_inputs
 
 
 class CompressionTrainer(PublishingTrainer):
@@ -70,6 +70,13 @@ class CompressionTrainer(PublishingTrainer):
             )
         check_arguments(args)
         disable_cpu_packing(model)
+        dead = next((name for name, parameter in model.named_parameters() if rounds_inputs(parameter)), None)
+        if dead is not None:
+            raise CompressError(
+                "torchao passes no gradient back through rounded activations",
+                where=dead,
+                next_step="train before they are rounded, or on weights alone",
+            )
         kinds = [type(t).__name__ for t in techniques]
         twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         if twice:

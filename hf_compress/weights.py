@@ -87,6 +87,11 @@ def is_packed(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or type(tensor.data).__module__.startswith("torchao.")
 
 
+def rounds_inputs(tensor: Tensor) -> bool:
+    """Whether torchao rounds what this weight is multiplied with: no gradient passes there."""
+    return is_packed(tensor) and getattr(tensor, "act_quant_kwargs", None) is not None
+
+
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside wrappers (DDP's ``module``, peft's ``get_base_model``)."""
     inner: Any = getattr(model, "module", model)

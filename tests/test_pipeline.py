@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_compress import pipeline
 from hf_compress.card import render_card, without_folders
 from hf_compress.errors import CompressError
+from hf_compress.oneshot.precision import bfloat16_is_fast
 from hf_compress.pipeline import compress, measure_again
 from hf_compress.planning import plan
 from hf_compress.recipe import load, parse, shipped
@@ -302,6 +303,26 @@ def test_bf16_auto_asks_the_machine(fast: bool, monkeypatch: pytest.MonkeyPatch)
     stage = Train(args={"bf16": "auto"})
     stage.check([], where="stages[0].train")
     assert stage._arguments("unused", 0).bf16 is fast
+
+
+def test_bf16_auto_asks_for_the_device_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("hf_compress.stages.train.bfloat16_is_fast", lambda device: bool(asked.append(device)))
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        Train(args={"bf16": "auto", "use_cpu": True})._arguments("unused", 0)
+    Train(args={"bf16": "auto"})._arguments("unused", 0)
+    assert asked == ["cpu", "cuda" if torch.cuda.is_available() else "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("has", "fast"),
+    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True, "avx512_vnni": True}, False)],
+)
+def test_a_cpu_is_fast_by_its_instructions(has: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: has)
+    assert bfloat16_is_fast.__wrapped__("cpu") is fast
+    assert not bfloat16_is_fast.__wrapped__("mps")
 
 
 def test_lora_under_a_mask_is_merged_with_its_zeros(decoder: dict[str, Any], tmp_path: Path) -> None:

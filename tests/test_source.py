@@ -18,7 +18,7 @@ from hf_compress.oneshot.solvers import solvers
 from hf_compress.pipeline import compress
 from hf_compress.planning import plan
 from hf_compress.recipe import parse
-from hf_compress.source import ModelSource, load_model
+from hf_compress.source import ModelSource, load_model, load_tokenizer
 from hf_compress.weights import weights
 from tests.models import tiny
 from tests.training import save_tokenizer
@@ -111,6 +111,14 @@ def test_fp8_blocks_are_read_alike_in_memory_and_block_by_block(name: str, tmp_p
     (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
     assert plan(recipe(tmp_path / "fp8"))[0].bytes < 0.5 * sum(4 * t.numel() for t in tensors.values())
 
+    for other in ([64, 64], None):
+        changed = config["quantization_config"] | {"weight_block_size": other}
+        other_scales = tmp_path / "other"
+        other_scales.mkdir(exist_ok=True)
+        (other_scales / "config.json").write_text(json.dumps(config | {"quantization_config": changed}))
+        with pytest.raises(CompressError, match="only 128 x 128 is read here"):
+            plan(recipe(other_scales))
+
     read(tmp_path / "fp8").save_pretrained(tmp_path / "memory")
     compress_checkpoint(
         tmp_path / "fp8", tmp_path / "streamed", [], solvers["criterion"](criterion="magnitude", sparsity=0.1)
@@ -123,3 +131,17 @@ def test_fp8_blocks_are_read_alike_in_memory_and_block_by_block(name: str, tmp_p
             kept = torch.ones_like(values, dtype=torch.bool) if way == "memory" else stored[key] != 0
             assert kept.float().mean() > 0.8
             assert torch.allclose(stored[key].float()[kept], values[kept], rtol=2**-8), (way, key)
+
+
+def test_an_unknown_dtype_is_told_from_the_recipe_alone(tmp_path: Path) -> None:
+    tiny("llama").config.save_pretrained(tmp_path)
+    with pytest.raises(CompressError, match=r"unknown dtype 'bf16'[\s\S]*model.dtype[\s\S]*mean 'bfloat16'"):
+        plan(recipe(tmp_path, dtype="bf16", task="causal-lm"))
+
+
+def test_a_folder_without_a_tokenizer_is_a_model_all_the_same(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    assert load_tokenizer(ModelSource(id=str(tmp_path / "model"))) is None
+    made = {"name": "x", "model": {"id": str(tmp_path / "model")}, "stages": [{"quantize": {"bits": 8}}]}
+    compress(parse(made), tmp_path / "out")
+    assert load_tokenizer(ModelSource(id=str(save_tokenizer(tmp_path / "with")))) is not None

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration import Batch
 from hf_compress.coverage import Coverage, coverage
 from hf_compress.environments import Say, environment
-from hf_compress.errors import CompressError
+from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.oneshot import compress_blocks, solvers
 from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.registry import Registry
+from hf_compress.source import format_of
 from hf_compress.verification import write_expectation, write_hashes
 from hf_compress.weights import weights
 
@@ -43,12 +45,20 @@ as it is;
 ``grid(*, bits, group_size, **options)``: the `Grid` that it stores, for solvers and QAT to round to;
 ``packing(model, *, bits, group_size, **options)``, where weights can be packed one by one, at scales that a solver or
 QAT chose: an `oneshot.Container`.
+``adapters(model, *, bits, group_size, **options)``: why LoRA does not train on what it packs of `model`, "" where it
+does.
 Where weights can differ, all but `grid` take `grids` too: weight name -> its own `Grid`.
 environment: name of the one its library lives in (`hf_compress.environments`); such a backend takes ``calibration``
 (batches) and writes the expectation of `verify` itself.
 """
 
 backends: Registry[Backend] = Registry("backend", __name__)
+
+
+def check_group(group_size: int | None, *, where: str = "group_size") -> None:
+    """Raise a CompressError for a group of less than one weight."""
+    if group_size is not None and group_size < 1:
+        raise CompressError(f"group size {group_size} is not positive", where=where)
 
 
 @dataclass(frozen=True)
@@ -119,13 +129,17 @@ def quantize(
     Look at `Written.coverage`: what the container cannot store stays as it was.
 
     Raises:
-        CompressError: unknown backend or method; the folder exists; bits or group sizes the container does not have.
+        CompressError: unknown backend or method; the folder exists; bits or group sizes the container does not have; a
+        model that is quantized already, or whose weights are not finite; scales of no weight, or for a container that
+        finds its own.
     """
     folder = Path(folder)
     if folder.exists():
         raise CompressError("the output folder exists", where=str(folder), next_step="choose another")
     entry, part = backends.entry(backend), folder.with_name(folder.name + ".part")
     entry.traits["check"](bits=bits, group_size=group_size, **options)
+    _require_sound(model)
+    _check_scales(scales or {}, model, backend)
     if method is not None:
         scales = _rounded(model, backend, method, batches, solver_options or {}, bits, group_size, options)
     shutil.rmtree(part, ignore_errors=True)
@@ -143,6 +157,32 @@ def quantize(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return written
+
+
+def _require_sound(model: PreTrainedModel) -> None:
+    """Libraries pack NaN without a word, and a second rounding, or fail deep inside."""
+    if packed := format_of(model.config):
+        raise CompressError(
+            f"the model is quantized already ({packed})",
+            where="quantize",
+            next_step="start from the model before it was quantized",
+        )
+    for weight in weights(model):
+        if not torch.isfinite(torch.stack(weight.matrix.aminmax())).all():
+            raise CompressError(
+                "weights are not finite",
+                where=weight.name,
+                next_step="check the checkpoint, or the training that made it",
+            )
+
+
+def _check_scales(scales: Mapping[str, Tensor], model: PreTrainedModel, backend: str) -> None:
+    known = [w.name for w in weights(model)]
+    unknown = next((name for name in scales if name not in known), None)
+    if unknown is not None:
+        raise CompressError(f"no weight {unknown!r}", where="scales", next_step=did_you_mean(unknown, known))
+    if scales and "grid" not in backends.entry(backend).traits:
+        raise CompressError(f"{backend} finds scales of its own", where="scales", next_step="leave them out")
 
 
 def _rounded(

@@ -16,8 +16,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from hf_compress.backends import Written, backends
 from hf_compress.bnb_guard import BLOCK, ROWS, disable_cpu_packing, unfit
 from hf_compress.coverage import coverage
-from hf_compress.errors import CompressError
+from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.grids import Grid, codes, from_codes
+from hf_compress.source import DTYPES
 from hf_compress.weights import Weight, weights
 
 
@@ -38,10 +39,27 @@ def stores(
     return out * width / 2 + (blocks + 4 * ceil(blocks / 256) if double_quant else 4 * blocks)
 
 
-def check(*, bits: int, group_size: int | None = None, quant_type: str = "nf4", **options: Any) -> None:
+def check(
+    *,
+    bits: int,
+    group_size: int | None = None,
+    dtype: str | None = None,
+    quant_type: str = "nf4",
+    double_quant: bool = False,
+) -> None:
     """Raise a CompressError for what this container does not have, whatever the model."""
     if bits not in (4, 8):
         raise CompressError(f"bitsandbytes stores 4 or 8 bits, not {bits}", where="bits")
+    if dtype not in (None, *DTYPES):
+        raise CompressError(
+            f"unknown dtype {dtype!r}", where="options.dtype", next_step=did_you_mean(str(dtype), DTYPES)
+        )
+    if bits == 8 and (group_size is not None or quant_type != "nf4" or double_quant):
+        raise CompressError(
+            "bitsandbytes' int8 has one scale for each row: no group size, quant_type or double_quant",
+            where="bits",
+            next_step="leave them out, or bits: 4",
+        )
     if group_size not in (None, BLOCK):
         raise CompressError(
             f"bitsandbytes has its own blocks, not groups of {group_size}",
@@ -100,6 +118,7 @@ def _doubly_quantized(absmax: Tensor) -> Tensor:
     check=check,
     stores=stores,
     grid=grid,
+    adapters=lambda model, **options: "",
 )
 def bitsandbytes(
     model: PreTrainedModel,
@@ -122,7 +141,7 @@ def bitsandbytes(
     Raises:
         CompressError: bits or group size bitsandbytes does not have; codes that are not those of the solver.
     """
-    check(bits=bits, group_size=group_size, quant_type=quant_type)
+    check(bits=bits, group_size=group_size, dtype=dtype, quant_type=quant_type, double_quant=double_quant)
     points = grid(bits=bits, dtype=dtype, quant_type=quant_type, double_quant=double_quant)
     reasons = {w.name: str(reason) for w in weights(model) if isinstance(reason := stores(w, bits=bits), str)}
     keep = sorted({w.module_name for w in weights(model) if w.name in reasons and w.kind != "expert"} | _heads(model))
@@ -187,8 +206,8 @@ def _check_codes(packed: PreTrainedModel, model: PreTrainedModel, scales: Mappin
             else dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         )
         wanted = weight.matrix.float()
-        off = float((found.float() - wanted).abs().max() / wanted.abs().max())
-        if off > 0.01:  # half a step is at least three times that; rounding to 16 bits less than half of it
+        off = float((found.float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+        if not off <= 0.01:  # half a step is at least three times that; rounding to 16 bits less than half of it
             raise CompressError(
                 f"the stored weight differs from the one that was chosen by {off:.1%} of its largest value",
                 where=weight.name,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.backends import Written, backends
+from hf_compress.backends import Written, backends, check_group
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
 from hf_compress.families import expert_options, family_of
@@ -55,11 +55,10 @@ def check(
     grids: Mapping[str, Grid] | None = None,
 ) -> None:
     """Raise a CompressError for what this container does not have, whatever the model."""
-    for name, each in {"bits": Grid(bits, group_size), **(grids or {})}.items():
+    for name, each in {"": Grid(bits, group_size), **(grids or {})}.items():
         if not 2 <= each.bits <= 8:
-            raise CompressError(f"this container stores 2 to 8 bits, not {each.bits}", where=name)
-        if each.group_size is not None and each.group_size < 1:
-            raise CompressError(f"group size {each.group_size} is not positive", where=name)
+            raise CompressError(f"this container stores 2 to 8 bits, not {each.bits}", where=name or "bits")
+        check_group(each.group_size, where=name or "group_size")
     if activations is not None and grids:
         raise CompressError(
             "activations are rounded where all weights have 8 bits",
@@ -166,7 +165,7 @@ class Packing:
             stored[f"{key}_shape"] = torch.tensor(tensor.shape)
         back = self.decode(key, stored.__getitem__)  # what a reader will see, compared while the truth is at hand
         steps = points.groups((back.float() - tensor.float()).abs()) / scale.float().abs()[..., None]
-        if steps.max() > (0.501 if tensor.dtype == torch.float32 else 1.01):  # 16 bits round scale and product too
+        if not steps.max() <= (0.501 if tensor.dtype == torch.float32 else 1.01):  # 16 bits round scale and product
             raise CompressError(
                 f"the packed weight is off by {float(steps.max()):.2f} steps, more than rounding explains",
                 where=key,
@@ -240,6 +239,7 @@ def _numbers(bits: int, *, dynamic: bool) -> dict[str, Any]:
     check=check,
     grid=grid,
     packing=Packing,
+    adapters=lambda model, **options: "its layers unpack at the first forward, and what is merged then is dense",
 )
 def compressed_tensors(
     model: PreTrainedModel,

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.backends import Written, backends
+from hf_compress.backends import Written, backends, check_group
 from hf_compress.backends.elsewhere import hand_over
 from hf_compress.calibration import Batch
 from hf_compress.coverage import coverage
@@ -50,6 +50,7 @@ def check(
     """Raise a CompressError for what this container does not have, whatever the model."""
     if bits not in (2, 3, 4, 8):
         raise CompressError(f"gptqmodel stores 2, 3, 4 or 8 bits, not {bits}", where="bits")
+    check_group(group_size)
     if not 0 < damping < 1:
         raise CompressError(f"damping is a share of the mean diagonal, not {damping}", where="options.damping")
 
@@ -67,6 +68,7 @@ def check(
     environment="gptq",
     stores=stores,
     check=check,
+    adapters=lambda model, **options: "only another environment opens it",
 )
 def gptq(
     model: PreTrainedModel,

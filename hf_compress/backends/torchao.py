@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TorchAoConfig
 
-from hf_compress.backends import Written, backends
+from hf_compress.backends import Written, backends, check_group
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError, require
 from hf_compress.families import expert_options
@@ -49,6 +49,7 @@ def check(
             where="bits",
             next_step="bits: 8, or backend: compressed-tensors",
         )
+    check_group(group_size)
     if quant_type not in ("int8", "float8"):
         raise CompressError(
             f"unknown 8-bit grid {quant_type!r}", where="options.quant_type", next_step="int8 or float8"
@@ -61,6 +62,22 @@ def check(
             next_step="options: {activations: 8} alone, or leave activations as they are",
         )
     require("torchao", extra="torchao", what="the torchao container")
+
+
+def adapters(
+    model: PreTrainedModel,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    quant_type: str = "int8",
+    activations: int | None = None,
+) -> str:
+    """Why LoRA does not train on what it packs of `model`, "" where it does."""
+    if activations is not None:
+        return "torchao passes no gradient back through rounded activations"
+    if quant_type == "float8" and any(w.kind == "expert" for w in weights(model)):
+        return "adapters cannot be added to stacked experts in torchao's float8"
+    return ""
 
 
 @backends.register(
@@ -76,6 +93,7 @@ def check(
     needs="torchao",
     check=check,
     stores=stores,
+    adapters=adapters,
 )
 def torchao(
     model: PreTrainedModel,

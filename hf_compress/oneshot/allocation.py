@@ -30,7 +30,7 @@ def allocate(losses: Table, sizes: Table, budget: float) -> dict[str, int]:
     """
     least = {part: min(each.values()) for part, each in sizes.items()}
     room = budget - sum(least.values())
-    if room < 0:
+    if not room >= 0:  # NaN too
         raise CompressError(
             f"the budget {budget:g} is below the least that all parts need, {sum(least.values()):g}",
             where="budget",

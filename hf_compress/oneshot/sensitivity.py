@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.calibration import Batch
 from hf_compress.criteria import Statistics
+from hf_compress.errors import CompressError
 from hf_compress.grids import Grid
 from hf_compress.oneshot.memory import fingerprint
 from hf_compress.oneshot.order import stages_of
@@ -53,6 +54,9 @@ def sensitivities(
 
     Args:
         grids: bits -> grid. Memory: the model, a copy of the largest part, the answers to all batches.
+
+    Raises:
+        CompressError: answers that are not finite.
     """
     names = {part: sorted(w.name for w in members) for part, members in parts.items()}
     facts = [model.config.to_dict(), names, {bits: grid.facts() for bits, grid in grids.items()}]
@@ -92,4 +96,10 @@ def _answers(model: PreTrainedModel, batch: Batch) -> Tensor:
     logits: Tensor = model(**given, **({"use_cache": False} if model.can_generate() else {})).logits.float()
     if logits.dim() == 3:
         logits = logits[given["attention_mask"].bool()]
+    if not torch.isfinite(logits).all():
+        raise CompressError(
+            "the model's answers are not finite",
+            where="budget",
+            next_step="check the weights and the model's dtype, or give overrides instead of a budget",
+        )
     return F.log_softmax(logits, -1)

@@ -14,7 +14,7 @@ from hf_compress.calibration import Batch
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.families import family_of
-from hf_compress.grids import Grid, fake_quantize, min_max, scales
+from hf_compress.grids import Grid, fake_quantize, spanning
 from hf_compress.oneshot.engine import run_blocks
 from hf_compress.oneshot.memory import InMemory
 from hf_compress.oneshot.order import local_name
@@ -68,8 +68,8 @@ def awq(size: Tensor, exponent: float) -> Tensor:
 def rounded_error(matrix: Tensor, hessian: Tensor, s: Tensor, grid: Grid) -> Tensor:
     """tr(E H E^T), E = Q(W diag(s)) diag(1/s) - W: what rounding to the nearest does to the outputs, W (out, in)."""
     wide = matrix.float() * s
-    scale, zero = min_max(wide, grid) if grid.kind == "uint" else (grid.stored(scales(wide, grid)), None)
-    error = fake_quantize(wide, scale, grid, zero).float() / s - matrix
+    scale, zero = spanning(wide, grid)
+    error = fake_quantize(wide, grid.stored(scale), grid, zero).float() / s - matrix
     return (error @ hessian * error).sum()
 
 

@@ -171,7 +171,7 @@ class _Levels:
         self._factor.grad = (grid.groups(gradient * self._level) * self._start[..., None]).sum(-1)
 
     def put(self) -> None:
-        self._level = torch.where(self._free, self._grid.nearest(self._ratio), self._level)
+        self._level = self._grid.nearest(self._ratio)  # a fixed one has no gradient, and is its own ratio
         scale = (self._scale.float() * self._factor).to(self._scale.dtype)
         self._weight.matrix.copy_(from_codes(self._level, self._grid.stored(scale)))
         self._rounded.scale = scale

@@ -103,5 +103,9 @@ class Stage:
         """Raise a CompressError for what cannot work, from the recipe alone. `work_kinds`: the kinds of the stages
         before."""
 
+    def calibrates(self, model: PreTrainedModel) -> bool:
+        """Whether it reads the recipe's text to compress `model` (on the meta device too)."""
+        return False
+
     def run(self, work: Work) -> Done:
         raise NotImplementedError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedModel
+
 from hf_compress.backends.elsewhere import FORMATS, export_elsewhere
 from hf_compress.backends.onnx import export_onnx
 from hf_compress.errors import CompressError, did_you_mean, require
@@ -58,9 +60,12 @@ class Export(Stage):
         elif self.format == "optimum-onnx":
             require("onnxruntime", extra="onnx", what="checking an ONNX file")
 
+    def calibrates(self, model: PreTrainedModel) -> bool:
+        return self.quantize == "int8-static"
+
     def run(self, work: Work) -> Done:
-        static = self.quantize == "int8-static"
-        batches = work.calibration(work.model.config.vocab_size, self.samples) if static else []
+        text = self.calibrates(work.model)
+        batches = work.calibration(work.model.config.vocab_size, self.samples) if text else []
         if self.format == "onnx":
             facts = export_onnx(work.model, work.folder, quantize=self.quantize, batches=batches)
             return Done(work.model, facts, extras={"onnx": work.folder / "onnx"}, scales=work.scales)

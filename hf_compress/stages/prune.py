@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from hf_compress.calibration import tokens_in
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
@@ -41,15 +43,16 @@ class Prune(PruneOptions, Stage):
         if "quantize" in work_kinds:
             raise CompressError("packed weights cannot be pruned", where=where, next_step="put prune before quantize")
 
+    def calibrates(self, model: PreTrainedModel) -> bool:
+        return self.whole_model or bool(self.solver(model, []).needs)
+
     def run(self, work: Work) -> Done:
         model = empty_model(Path(work.checkpoint)) if self.streaming else work.model
         names = self.names(model)
         wanted = set(names)
         left = {w.name: "skipped by the recipe" for w in weights(model) if w.name not in wanted}
         coverage(model, names, left).require(self.min_coverage, where="prune")  # before any work
-        batches = []
-        if self.whole_model or self.solver(model, []).needs:
-            batches = work.calibration(model.config.vocab_size, self.samples)
+        batches = work.calibration(model.config.vocab_size, self.samples) if self.calibrates(model) else []
         solver = self.solver(model, batches)
         saved = work.folder / "pruned" if self.streaming else None
         if saved is not None:

@@ -6,8 +6,9 @@ import inspect
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
 from hf_compress.backends import backends, foresee, quantize
@@ -100,13 +101,22 @@ class Quantize(Stage):
             "calibration",
             "say",
         }
-        for option in self.options:
+        hints = get_type_hints(backends[self.backend])
+        for option, value in self.options.items():
             if option not in known:
                 raise CompressError(
                     f"{self.backend} has no option {option!r}",
                     where=f"{where}.options",
                     next_step=did_you_mean(option, known),
                 )
+            try:
+                TypeAdapter(hints[option]).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise CompressError(
+                    f"{error.errors()[0]['msg']} (got {value!r})", where=f"{where}.options.{option}"
+                ) from error
+        if self.samples < 1:
+            raise CompressError(f"{self.samples} rows calibrate nothing", where=f"{where}.samples")
         try:
             self._check_bits()
         except CompressError as error:
@@ -235,6 +245,12 @@ class Quantize(Stage):
     def _rounding(self, scheme: dict[str, Any], default: str) -> Solver:
         return solvers[self.method or default](grid=self._grid, grids=scheme.get("grids"), **self.solver_options)
 
+    def calibrates(self, model: PreTrainedModel) -> bool:
+        asked = (self.smooth, self.eora, self.budget, backends.entry(self.backend).traits.get("environment"))
+        return any(each is not None for each in asked) or (
+            self.method is not None and bool(self._rounding({}, self.method).needs)
+        )
+
     def run(self, work: Work) -> Done:
         saved = work.folder / "quantized"
         if not self.streaming:
@@ -246,7 +262,7 @@ class Quantize(Stage):
             scheme = self.scheme(empty)
             solver = self._rounding(scheme, "rtn")
             packing = traits["packing"](empty, **scheme, **self.options)
-            batches = work.calibration(empty.config.vocab_size, self.samples) if solver.needs else []
+            batches = work.calibration(empty.config.vocab_size, self.samples) if self.calibrates(empty) else []
             report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, solver, container=packing)
             covered.require(self.min_coverage, where=where)
             return Done(None, report.facts(), covered, saved, quantized=self.backend)
@@ -256,9 +272,8 @@ class Quantize(Stage):
             facts["allocation"] = self._allocate(work, scheme)
         ours = self.method or ("rtn" if self.eora is not None else None)
         rounding = None if ours is None else self._rounding(scheme, ours)
-        reads = self.smooth is not None or self.eora is not None or "environment" in traits
-        reads |= rounding is not None and bool(rounding.needs)
-        batches = work.calibration(work.model.config.vocab_size, self.samples) if reads else []
+        text = self.calibrates(work.model)
+        batches = work.calibration(work.model.config.vocab_size, self.samples) if text else []
         foreseen = foresee(work.model, self.backend, **scheme, **self.options)
         only = [w.name for w in weights(work.model) if w.name not in foreseen.reasons]
         if self.smooth is not None:

@@ -205,7 +205,7 @@ class Train(Stage):
         }
         given = defaults | self.args | {"output_dir": folder, "seed": seed}
         if given.get("bf16") == "auto":
-            given["bf16"] = bfloat16_is_fast("cuda" if torch.cuda.is_available() else "cpu")
+            given["bf16"] = bfloat16_is_fast("cpu" if given["use_cpu"] else "cuda")
         return TrainingArguments(**given)
 
     def _rows(self, work: Work) -> Rows:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from torch import nn
+import torch
+from transformers import PreTrainedModel
 
 from hf_compress.backends import backends
 from hf_compress.errors import CompressError
@@ -64,6 +65,7 @@ def _check_stores(stage: Quantize, qat: QAT, name: str, between: str, *, where: 
         f"eora rounds anew what {name} trained": stage.eora is not None,
         f"streaming finds anew the scales that {name} trained": stage.streaming,
         f"overrides store some weights on another grid than {name} trained": bool(stage.overrides),
+        f"a budget stores some weights on another grid than {name} trained": stage.budget is not None,
         f"smoothing moves the weights off the grid that {name} trained": stage.smooth is not None,
     }
     for what, is_so in wrong.items():
@@ -77,12 +79,19 @@ def _inputs(bits: int | None, ranges: str) -> str:
     return "whole activations" if bits is None else f"activations in {bits} bits by {ranges}"
 
 
-def unrounded(qat: QAT, model: nn.Module, kept: Collection[str]) -> list[str]:
-    """What is wrong where a container rounds weights that QAT skipped, [] if nothing. kept: names of the weights that
-    the container leaves as they are. On the meta device too."""
+def not_as_trained(qat: QAT, model: PreTrainedModel, kept: Collection[str], trained_in: torch.dtype) -> list[str]:
+    """What is wrong where a container rounds weights that QAT skipped, or casts those that it trained; [] if nothing.
+
+    model: in the dtype of the container, on the meta device too. kept: names of the weights that it leaves as they
+    are.
+    """
     names = [w.name for w in weights(model)]
     rounded = set(without(names, qat.skip, where="qat.skip"))
     moved = [name for name in names if name not in rounded and name not in kept]
-    if not moved:
-        return []
-    return [f"qat.skip left {len(moved)} weights unrounded that the container rounds ({moved[0]}); skip fewer"]
+    found = []
+    if moved:
+        found += [f"qat.skip left {len(moved)} weights unrounded that the container rounds ({moved[0]}); skip fewer"]
+    if model.dtype != trained_in:
+        now, then = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, trained_in))
+        found += [f"options.dtype casts to {now} what qat trained in {then}; leave it out, or set model.dtype: {now}"]
+    return found

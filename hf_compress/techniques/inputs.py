@@ -70,6 +70,12 @@ class Inputs:
         if self.observer is None:
             return round_tokens(x, self.bits)
         if watch and not self.frozen:
+            if not torch.isfinite(x).all():
+                raise CompressError(
+                    "activations are not finite, and have no range",
+                    where=f"qat.ranges: {name}",
+                    next_step="lower the learning rate, or check the data and the model's dtype",
+                )
             self._new.setdefault(name, Seen()).add(x)
         return round_within(x, *self.ranges[name], self.bits) if name in self.ranges else x
 

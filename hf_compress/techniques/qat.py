@@ -97,7 +97,29 @@ class QAT(Technique):
     def rate(self) -> float:
         return self.scale_rate
 
+    def check_model(self, model: nn.Module) -> None:
+        """From names and shapes alone, so `model` may be on the meta device.
+
+        Raises:
+            CompressError: an expression of `skip` that finds nothing, or some experts of a parameter; a group size
+            that does not divide the inputs; rounded activations of stacked experts.
+        """
+        for weight in (w for several in self._parts(model) for w in several):
+            if weight.shape[1] % (self.group_size or 1):
+                raise CompressError(
+                    f"group size {self.group_size} does not divide {weight.shape[1]} inputs",
+                    where=f"qat.group_size: {weight.name}",
+                    next_step="pick a divisor of the inputs, or skip these weights",
+                )
+            if self.activations is not None and weight.expert is not None:
+                raise CompressError(
+                    "what enters stacked experts cannot be rounded: no container that transformers opens does it",
+                    where=f"qat.activations: {weight.name}",
+                    next_step="leave activations out",
+                )
+
     def attach(self, model: nn.Module) -> None:
+        self.check_model(model)
         parts = self._parts(model)
         everything = [weight for several in parts for weight in several]
         self._adapted = merge_in_forward(model, everything, where="qat")
@@ -137,13 +159,6 @@ class QAT(Technique):
     def _watched(self) -> Inputs | None:
         if self.activations is None:
             return None
-        expert = next((w.name for w in self._weights if w.expert is not None), None)
-        if expert is not None:
-            raise CompressError(
-                "what enters stacked experts cannot be rounded: no container that transformers opens does it",
-                where=f"qat.activations: {expert}",
-                next_step="leave activations out",
-            )
         observer: Observer | None = OBSERVERS.get(self.ranges)
         if self.ranges == "percentile":
             observer = partial(percentile, share=self.percentile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hf_compress.bnb_guard import BLOCK
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.grids import KINDS
 from hf_compress.observers import OBSERVERS
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 METHODS = ("ste", "lsq")
 STARTS = ("search", "mean")
 RANGES = ("token", *OBSERVERS)
-BLOCK = 64  # of bitsandbytes' nf4 and fp4
 
 
 def check_options(options: QAT) -> None:

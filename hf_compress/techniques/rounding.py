@@ -29,7 +29,7 @@ class Rounding:
     itself. Its gradient is that of `fake_quantize_lsq` over sqrt(N Qp), N weights to a scale, Qp = 2^(b-1) - 1.
 
     Raises:
-        CompressError: a group size that does not divide the inputs; weights that are not finite, or packed.
+        CompressError: weights that are not finite, or packed.
     """
 
     def __init__(self, parts: Sequence[Weight], grid: Grid, *, learn: bool = False, start: str = "search") -> None:

@@ -38,7 +38,8 @@ def shadow(module: nn.Module, changes: Mapping[str, tuple[str, Change]]) -> list
 
     def take(module: nn.Module, args: Any, output: Any) -> None:
         try:
-            if unread and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            failed = output is None  # the forward raised: what it did not get to read is not the error
+            if unread and not failed and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 for attribute, (name, _) in list(unread.items()):
                     require_read(output, module.__dict__[attribute], where=name)
                     del unread[attribute]

@@ -1,12 +1,15 @@
-"""What a container does not have, and what its library is missing for, is said before a weight is read."""
+"""What a container does not have, and what its library is missing for, is said before a weight is read; a model that
+it would pack without a word, and wrong, is refused."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from hf_compress.backends import quantize
 from hf_compress.errors import CompressError
-from hf_compress.planning import require_possible
+from hf_compress.planning import plan, require_possible
 from hf_compress.recipe import parse
 from tests.models import tiny
 
@@ -15,13 +18,30 @@ from tests.models import tiny
     ("scheme", "reason"),
     [
         ({"backend": "bitsandbytes", "bits": 3}, r"4 or 8 bits, not 3[\s\S]*stages\[0\].quantize.bits"),
-        ({"backend": "bitsandbytes", "group_size": 32}, "its own blocks, not groups of 32"),
+        ({"backend": "bitsandbytes", "bits": 4, "group_size": 32}, "its own blocks, not groups of 32"),
+        ({"backend": "bitsandbytes", "bits": 8, "group_size": 64}, "int8 has one scale for each row"),
+        ({"backend": "bitsandbytes", "bits": 8, "options": {"double_quant": True}}, "int8 has one scale for each row"),
+        ({"backend": "bitsandbytes", "bits": 8, "options": {"quant_type": "fp4"}}, "int8 has one scale for each row"),
         ({"backend": "bitsandbytes", "bits": 4, "options": {"quant_type": "nf5"}}, "unknown 4-bit grid 'nf5'"),
+        ({"backend": "bitsandbytes", "options": {"dtype": "bf16"}}, r"unknown dtype 'bf16'[\s\S]*mean 'bfloat16'"),
+        (
+            {"backend": "bitsandbytes", "bits": 4, "options": {"double_quant": "no"}},
+            r"boolean \(got 'no'\)[\s\S]*quantize.options.double_quant",
+        ),
         ({"backend": "compressed-tensors", "bits": 1}, "2 to 8 bits, not 1"),
         ({"backend": "compressed-tensors", "bits": 9}, "2 to 8 bits, not 9"),
         ({"backend": "compressed-tensors", "bits": 4, "group_size": 48}, "48 does not divide its 64 inputs"),
         ({"backend": "torchao", "bits": 16}, "8 bits, not 16"),
+        (
+            {"backend": "compressed-tensors", "bits": 4, "group_size": 0},
+            r"0 is not positive[\s\S]*quantize.group_size",
+        ),
+        ({"backend": "compressed-tensors", "bits": 4, "budget": float("nan")}, "budget nan is below the least"),
+        ({"backend": "compressed-tensors", "bits": 4, "method": "gptq", "samples": 0}, "0 rows calibrate nothing"),
         ({"backend": "torchao", "group_size": 48}, "48 does not divide its 64 inputs"),
+        ({"backend": "torchao", "group_size": 0}, r"0 is not positive[\s\S]*quantize.group_size"),
+        ({"backend": "gptq", "bits": 4, "group_size": -32}, r"-32 is not positive[\s\S]*quantize.group_size"),
+        ({"backend": "gptq", "bits": 4, "options": {"damping": "x"}}, r"valid number[\s\S]*options.damping"),
     ],
 )
 def test_bits_and_groups_that_a_container_does_not_have(scheme: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -29,6 +49,70 @@ def test_bits_and_groups_that_a_container_does_not_have(scheme: dict[str, Any], 
     model = {"id": str(tmp_path), "task": "causal-lm"}
     with pytest.raises(CompressError, match=reason):
         require_possible(parse({"name": "x", "model": model, "stages": [{"quantize": scheme}]}))
+
+
+@pytest.mark.parametrize(
+    ("stage", "reads"),
+    [
+        ({"quantize": {"bits": 4}}, False),
+        ({"quantize": {"bits": 4, "method": "hqq"}}, False),
+        ({"quantize": {"bits": 4, "method": "gptq"}}, True),
+        ({"quantize": {"bits": 4, "backend": "compressed-tensors", "streaming": True, "method": "gptq"}}, True),
+        ({"quantize": {"bits": 4, "eora": {"rank": 4}}}, True),
+        ({"quantize": {"bits": 4, "smooth": {"method": "awq"}}}, True),
+        ({"quantize": {"bits": 4, "backend": "compressed-tensors", "budget": 4.5}}, True),
+        ({"quantize": {"bits": 4, "backend": "gptq"}}, True),
+        ({"prune": {}}, True),
+        ({"prune": {"method": "criterion", "criterion": "magnitude"}}, False),
+    ],
+)
+def test_a_stage_that_calibrates_needs_data_before_a_weight_is_read(
+    stage: dict[str, Any], reads: bool, tmp_path: Path
+) -> None:
+    tiny("llama").config.save_pretrained(tmp_path)
+    model = {"id": str(tmp_path), "task": "causal-lm"}
+    recipe = {"name": "x", "model": model, "stages": [stage]}
+    refused = [note for row in plan(parse(recipe)) for note in row.notes if "no data: section" in note]
+    assert bool(refused) == reads
+    assert not any("no data" in n for row in plan(parse(recipe | {"data": {"id": "unread"}})) for n in row.notes)
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "int8": {"backend": "bitsandbytes", "bits": 8},
+    "nf4": {"backend": "bitsandbytes", "bits": 4},
+    "torchao": {"backend": "torchao", "bits": 8},
+    "compressed-tensors": {"backend": "compressed-tensors", "bits": 4},
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_weights_that_are_packed_already_or_not_finite_are_refused(name: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    packed = quantize(model, tmp_path / "packed", **PACKED[name]).model
+    assert packed is not None
+    for scheme in PACKED.values():
+        with pytest.raises(CompressError, match="quantized already"):
+            quantize(packed, tmp_path / "out", **scheme)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    with pytest.raises(CompressError, match=r"not finite[\s\S]*layers.1.mlp.up_proj.weight"):
+        quantize(model, tmp_path / "out", **PACKED[name])
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_that_no_container_could_mean_are_refused(tmp_path: Path) -> None:
+    name, out = "model.layers.1.mlp.up_proj.weight", tmp_path / "out"
+    given = {name: torch.full((128, 1), torch.nan)}
+    for scheme, scales, reason in (
+        (PACKED["compressed-tensors"], {name.replace("up", "upp"): given[name]}, "did you mean .*up_proj"),
+        (PACKED["torchao"], given, "torchao finds scales of its own"),
+        (PACKED["compressed-tensors"], given, "off by nan steps"),
+        (PACKED["compressed-tensors"], {name: torch.full((128, 1), 1e-3)}, "more than rounding explains"),
+        (PACKED["nf4"], {name: torch.full((128, 1), torch.nan)}, "differs from the one that was chosen by nan"),
+    ):
+        with pytest.raises(CompressError, match=reason):
+            quantize(tiny("llama"), out, scales=scales, **scheme)
+        assert not out.exists()
 
 
 @pytest.mark.parametrize(

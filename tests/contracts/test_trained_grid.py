@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -178,6 +179,7 @@ W4 = {"bits": 4, "group_size": 32}
             "8 bits by mse",
         ),
         ({"bits": 8, "method": "lsq"}, {"backend": "bitsandbytes", "bits": 8}, "finds scales again"),
+        ({"bits": 8, "freeze_after": 0.5}, {"backend": "bitsandbytes", "bits": 8}, "finds scales again"),
         (
             {"kind": "nf4", "group_size": 64},
             {"backend": "bitsandbytes", "bits": 4, "options": {"double_quant": True}},
@@ -186,6 +188,8 @@ W4 = {"bits": 4, "group_size": 32}
         (W4, CT | W4 | {"method": "rtn"}, "rounds anew"),
         (W4, CT | W4 | {"streaming": True}, "finds anew"),
         (W4, CT | W4 | {"overrides": {"q_proj": {"bits": 8}}}, "overrides store"),
+        (W4, CT | W4 | {"budget": 3.0}, "a budget stores"),
+        (W4, CT | W4 | {"eora": {"rank": 4}}, "eora rounds anew"),
         (W4, CT | W4 | {"smooth": {"method": "awq"}}, "smoothing moves"),
         ({"bits": 8}, {"backend": "torchao", "bits": 8}, "points of its own"),
     ],
@@ -206,8 +210,59 @@ def test_stages_between_and_skipped_weights_are_refused_before_any_work(tmp_path
         kind = next(iter(between))
         with pytest.raises(CompressError, match=f"{kind}.* moves the weights off the grid"):
             parse(made | {"stages": [made["stages"][0], between, made["stages"][1]]})
+    trained, between, quantized = made["stages"][0], {"prune": {}}, made["stages"][1]
+    parse(made | {"stages": [trained, between, trained | {"name": "again"}, quantized]})
+    with pytest.raises(CompressError, match="prune moves the weights"):  # the first that does
+        parse(made | {"stages": [trained, between, {"shrink": {"layers": 1}}, quantized]})
     skipped = recipe(tmp_path, W4 | {"skip": ["up_proj"]}, CT | W4)
     with pytest.raises(CompressError, match="left 2 weights unrounded that the container rounds"):
         require_possible(parse(skipped))
-    nf4 = {"kind": "nf4", "group_size": 64}
-    require_possible(parse(recipe(tmp_path, nf4, {"backend": "bitsandbytes", "bits": 4})))
+
+
+def test_one_grid_and_what_the_container_leaves_too_are_possible(tmp_path: Path) -> None:
+    nf4, stored = {"kind": "nf4", "group_size": 64}, {"backend": "bitsandbytes", "bits": 4}
+    require_possible(parse(recipe(tmp_path, nf4, stored)))
+    fp4 = {"options": {"quant_type": "fp4"}}
+    require_possible(parse(recipe(tmp_path, nf4 | {"kind": "fp4"}, stored | fp4)))
+    tiny("llama", vocab_size=len(WORDS), intermediate_size=160).save_pretrained(tmp_path / "model")
+    require_possible(parse(recipe(tmp_path, nf4 | {"skip": ["down_proj"]}, stored | {"min_coverage": 0.5})))
+
+
+def test_a_dtype_that_casts_what_was_trained_is_refused_before_any_work(tmp_path: Path) -> None:
+    """bitsandbytes would find every scale anew in it."""
+    made = recipe(
+        tmp_path,
+        {"kind": "nf4", "group_size": 64},
+        {"backend": "bitsandbytes", "bits": 4, "options": {"dtype": "bfloat16"}},
+    )
+    with pytest.raises(CompressError, match=r"options\.dtype casts to bfloat16 what qat trained in float32"):
+        require_possible(parse(made))
+    made["model"]["dtype"] = "bfloat16"
+    require_possible(parse(made))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_scales_in_bfloat16_are_what_bitsandbytes_finds(kind: str, tmp_path: Path) -> None:
+    options = LEARNED | {"kind": kind, "group_size": 64}
+    model, _, _ = trained("llama", options, tmp_path / "run", torch.bfloat16)
+    written = quantize(model, tmp_path / "out", bits=4, quant_type=kind, dtype="bfloat16")
+    for weight in weights(model):
+        layer = written.model.get_submodule(weight.module_name)
+        assert torch.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state), weight.whole), weight.name
+
+
+@pytest.mark.parametrize(
+    ("qat", "name", "message"),
+    [
+        ({"bits": 4, "group_size": 48}, "llama", r"group size 48 does not divide 64 inputs[\s\S]*q_proj"),
+        ({"bits": 4, "skip": ["up_prj"]}, "llama", r"no weight matches[\s\S]*up_proj"),
+        ({"bits": 8, "activations": 8}, "deepseek_v3", "stacked experts cannot be rounded"),
+    ],
+)
+def test_qat_of_what_the_model_has_not_is_refused_before_any_work(
+    qat: dict[str, Any], name: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CompressError, match=message):
+        require_possible(
+            parse(recipe(tmp_path, qat, CT | {"bits": qat["bits"]}, name) | {"stages": [{"train": {"qat": qat}}]})
+        )

@@ -120,6 +120,14 @@ def test_a_table_is_measured_once_for_all_budgets(tmp_path: Path, monkeypatch: p
     assert sensitivities(model, batches(), parts, grids, cache=tmp_path) != first
 
 
+def test_answers_that_are_not_finite_have_no_table() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.inf
+    with pytest.raises(CompressError, match="answers are not finite"):
+        sensitivities(model, batches(), parts_of(model), {2: Grid(2, 32)})
+
+
 def recipe(root: Path, **options: Any) -> dict[str, Any]:
     if not (root / "model").exists():
         tiny("llama", vocab_size=12).save_pretrained(root / "model")

@@ -208,6 +208,12 @@ def test_the_container_stores_what_the_solver_chose(tmp_path: Path) -> None:
     assert all(torch.equal(w.matrix, chosen[w.name]) for w in weights(model))
 
 
+def test_a_grid_with_zero_points_is_refused() -> None:
+    with pytest.raises(CompressError, match="zero points") as error:
+        compress_blocks(tiny("llama"), batches(), solvers["gptq"](grid=Grid(4, 16, "uint")))
+    assert "layers.0.self_attn" in error.value.where
+
+
 def test_a_group_that_does_not_divide_is_named() -> None:
     with pytest.raises(CompressError, match="group size 48") as error:
         compress_blocks(tiny("llama"), batches(), solvers["gptq"](grid=Grid(4, 48)))

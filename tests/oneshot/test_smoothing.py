@@ -173,6 +173,17 @@ def test_the_chosen_exponent_is_never_worse_than_none() -> None:
     assert new <= old * 1.0001
 
 
+def test_the_exponent_is_searched_on_a_weights_own_grid() -> None:
+    def smoothed(grid: Grid, own: dict[str, Grid]) -> list[torch.Tensor]:
+        model = tiny("llama")
+        smooth(model, batches(), Smooth(), grid, grids=own)
+        return [w.matrix for w in weights(model)]
+
+    own = smoothed(Grid(2, 32), {w.name: Grid(8) for w in weights(tiny("llama"))})
+    assert all(map(torch.equal, own, smoothed(Grid(8), {})))
+    assert not all(map(torch.equal, own, smoothed(Grid(2, 32), {})))
+
+
 def test_smoothquant_loses_less_where_activations_are_rounded(tmp_path: Path) -> None:
     dense, plain, model = logits(outlying("llama")), outlying("llama"), outlying("llama")
     smooth(model, batches(), Smooth("smoothquant"), Grid(8))

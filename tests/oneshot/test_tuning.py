@@ -183,6 +183,13 @@ def test_the_rounding_solver_tunes_and_reports_the_scales_it_ends_with() -> None
     assert distance(10) < 0.9 * distance(0)
 
 
+def test_a_weight_is_tuned_on_the_grid_of_its_own() -> None:
+    model, name = tiny("llama"), "model.layers.0.self_attn.k_proj.weight"
+    report = compress_blocks(model, batches(), solvers["gptq"](grid=Grid(2, 32), grids={name: Grid(8)}, epochs=1))
+    (weight,) = [w for w in weights(model) if w.name == name]
+    assert codes(weight.matrix, report.scales[name], Grid(8)).abs().max() > 50
+
+
 # bfloat16
 
 

@@ -296,6 +296,14 @@ def test_what_cannot_work_is_refused_before_training(name: str, options: dict, m
         trainer(tiny(name), tmp_path, [QAT(**options)])
 
 
+def test_activations_that_are_not_finite_have_no_range(tmp_path: Path) -> None:
+    model = tiny("llama", **SMALL)
+    run = trainer(model, tmp_path, [QAT(8, activations=8, ranges="mse")], max_steps=1)
+    model.model.layers[0].input_layernorm.weight.data[0] = torch.inf
+    with pytest.raises(CompressError, match=r"have no range[\s\S]*layers.0.self_attn.q_proj"):
+        run.train()
+
+
 def test_a_teacher_under_the_student_is_not_rounded(tmp_path: Path) -> None:
     student = get_peft_model(tiny("llama", **SMALL), LoraConfig(target_modules="all-linear", r=4))
     with pytest.raises(CompressError, match="rounded activations too"):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
-from hf_compress.grids import Grid, codes, from_codes, min_max, pinned, scales
+from hf_compress.grids import Grid, codes, from_codes, pinned, spanning
 from hf_compress.oneshot.half_quadratic import half_quadratic
 from hf_compress.oneshot.solvers import Solved, Solver, grid_facts, solvers
 from hf_compress.weights import Weight
@@ -41,7 +41,7 @@ def hqq(
     def _one(weight: Weight, chosen: Grid) -> Solved:
         matrix = weight.matrix
         try:
-            first, start = min_max(matrix, chosen) if chosen.kind == "uint" else (scales(matrix, chosen), None)
+            first, start = spanning(matrix, chosen)
         except CompressError as error:
             raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
         scale, zero = half_quadratic(matrix, first, start, chosen, p=p, beta=beta, steps=steps)

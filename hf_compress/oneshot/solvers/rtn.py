@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
-from hf_compress.grids import Grid, fake_quantize, min_max, scales
+from hf_compress.grids import Grid, fake_quantize, spanning
 from hf_compress.oneshot.solvers import Solved, Solver, grid_facts, solvers
 from hf_compress.weights import Weight
 
 
 @solvers.register("rtn", summary="round to nearest: no calibration, the control of every comparison", makes="codes")
 def rtn(*, grid: Grid, grids: Mapping[str, Grid] | None = None) -> Solver:
-    """w -> s (nearest(w / s + z) - z), s from the largest magnitude of the group (`scales`; `min_max` for grids with a
-    zero point): (out, in), |w - q| <= s / 2 on integer grids, zeros stay zero.
+    """w -> s (nearest(w / s + z) - z), (out, in), at scales and zeros that clip nothing (`spanning`): |w - q| <= s / 2
+    on integer grids, zeros stay zero.
 
     Args:
         grids: weight name -> its own grid.
@@ -32,7 +32,7 @@ def rtn(*, grid: Grid, grids: Mapping[str, Grid] | None = None) -> Solver:
 
 def _rounded(weight: Weight, grid: Grid) -> Solved:
     try:
-        scale, zero = min_max(weight.matrix, grid) if grid.kind == "uint" else (scales(weight.matrix, grid), None)
+        scale, zero = spanning(weight.matrix, grid)
         return Solved(fake_quantize(weight.matrix, grid.stored(scale), grid, zero), scale)
     except CompressError as error:
         raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
