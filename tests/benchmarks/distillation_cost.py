@@ -1,6 +1,6 @@
 """What distillation costs a step: CPU time and memory against the floor (teacher's forward + plain step) and TRL.
 
-    python tests/benchmarks/distillation_cost.py --peer /tmp/trl/env/bin/python
+    python tests/benchmarks/distillation_cost.py --peer PYTHON
 
 Vocabularies of 32,000 and 129,280, width 512, one sequence a step. The trunk has so many layers that the head's share
 of the weights that multiply is that of TinyLlama-1.1B (6.3%) and of Llama-3.2-1B (21%): 58 layers give both. Larger
