@@ -96,7 +96,7 @@ def plan(recipe: Recipe) -> list[Planned]:
             notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]
             notes += [f"stays as it is: {len(names)} x {why}" for why, names in covered.skipped.items()]
             low = min(share, 1.0 if experts is None else experts)
-            if low < stage.min_coverage:
+            if refused is None and low < stage.min_coverage:
                 left = "; ".join(
                     f"{len(names)} x {why}" for why, names in covered.skipped.items() if why not in KEPT.values()
                 )

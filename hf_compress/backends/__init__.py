@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration import Batch
-from hf_compress.coverage import Coverage, coverage
+from hf_compress.coverage import KEPT, Coverage, coverage
 from hf_compress.environments import Say, environment
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.oneshot import compress_blocks, solvers
@@ -61,6 +63,27 @@ def check_group(group_size: int | None, *, where: str = "group_size") -> None:
         raise CompressError(f"group size {group_size} is not positive", where=where)
 
 
+GIVEN = ("model", "tokenizer", "folder", "bits", "group_size", "grids", "scales", "calibration", "say")
+"""Arguments of backends that `quantize` and its stage have names of their own for."""
+OF_A_RECIPE = ("overrides", "budget", "smooth", "eora", "streaming", "samples", "min_coverage")
+"""Keys of the stage that `quantize` does not take: they need the recipe's data, or its files."""
+
+
+def check_options(backend: str, options: Mapping[str, Any], *, where: str) -> None:
+    """Raise a CompressError for an option that the backend lacks (did you mean), or of another type."""
+    known = set(inspect.signature(backends[backend]).parameters) - set(GIVEN)
+    hints = get_type_hints(backends[backend])
+    for option, value in options.items():
+        if option not in known:
+            raise CompressError(
+                f"{backend} has no option {option!r}", where=where, next_step=did_you_mean(option, known)
+            )
+        try:
+            TypeAdapter(hints[option]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise CompressError(f"{error.errors()[0]['msg']} (got {value!r})", where=f"{where}.{option}") from error
+
+
 @dataclass(frozen=True)
 class Foreseen:
     """What a container makes of a model's block matrices, known before any weight is read.
@@ -93,6 +116,13 @@ def foresee(
             traits["packing"](model, **scheme)
     except CompressError as error:
         refused = error
+    if refused is None and covered.share == 0:
+        refused = CompressError(
+            "no matrix would be stored in fewer bits: "
+            + "; ".join(why for why in covered.skipped if why not in KEPT.values()),
+            where="quantize",
+            next_step="another backend or group size (see the containers in the README)",
+        )
     sizes = [w.nbytes if isinstance(size, str) else size for w, size in found.items()]
     packed = [(size, w.shape[0] * w.shape[1]) for w, size in found.items() if not isinstance(size, str)]
     count = sum(number for _, number in packed)
@@ -124,22 +154,40 @@ def quantize(
         batches: of input_ids and attention_mask, (batch, tokens) each, for a method or a backend that calibrates.
         scales: weight name -> (out, groups), where the weights lie on a grid already (`OneshotReport.scales`).
         say: told what a backend in another environment does.
-        options: the backend's own (``hf-compress list backends``).
+        options: the backend's own: dtype, quant_type, double_quant (bitsandbytes); activations (compressed-tensors);
+            quant_type, activations (torchao).
 
-    Look at `Written.coverage`: what the container cannot store stays as it was.
+    Look at `Written.coverage`: what the container cannot store stays as it was. `overrides`, `budget`, `smooth` and
+    `eora` are keys of a recipe's quantize stage.
 
     Raises:
-        CompressError: unknown backend or method; the folder exists; bits or group sizes the container does not have; a
-        model that is quantized already, or whose weights are not finite; scales of no weight, or for a container that
-        finds its own.
+        CompressError: unknown backend, method or option, or of another type; the folder exists; bits or group sizes
+        the container does not have, or that leave every weight as it was; a model that is quantized already, or whose
+        weights are not finite; scales of no weight, of other groups, or for a container that finds its own.
     """
+    _check_types(model, bits, group_size, batches)
     folder = Path(folder)
     if folder.exists():
         raise CompressError("the output folder exists", where=str(folder), next_step="choose another")
     entry, part = backends.entry(backend), folder.with_name(folder.name + ".part")
+    if asked := next((key for key in OF_A_RECIPE if key in options), None):
+        raise CompressError(
+            f"quantize() does not take {asked!r}",
+            where=asked,
+            next_step=f"put it into a recipe, `quantize: {{{asked}: ...}}`, for `hf-compress run` or compress()",
+        )
+    check_options(backend, {name: given for name, given in options.items() if name != "grids"}, where="options")
     entry.traits["check"](bits=bits, group_size=group_size, **options)
     _require_sound(model)
-    _check_scales(scales or {}, model, backend)
+    _check_scales(scales or {}, model, backend, bits, group_size, options)
+    if refused := foresee(model, backend, bits=bits, group_size=group_size, **options).refused:
+        raise refused
+    if scales and method is not None:
+        raise CompressError(
+            f"the weights lie on a grid already, and {method} would round them anew",
+            where="method",
+            next_step="leave out method, to store what was trained, or scales",
+        )
     if method is not None:
         scales = _rounded(model, backend, method, batches, solver_options or {}, bits, group_size, options)
     shutil.rmtree(part, ignore_errors=True)
@@ -159,6 +207,31 @@ def quantize(
     return written
 
 
+def _check_types(model: object, bits: object, group_size: object, batches: object) -> None:
+    """Annotations bind nobody in a script, and what they would have caught fails deep inside."""
+    if not isinstance(model, PreTrainedModel):
+        raise CompressError(
+            f"a loaded model is needed, not {type(model).__name__}",
+            where="model",
+            next_step="AutoModelForCausalLM.from_pretrained(...), or the class of your task",
+        )
+    for name, given in (("bits", bits), ("group_size", group_size)):
+        if type(given) is not int and (given is not None or name == "bits"):
+            raise CompressError(
+                f"{given!r} is no whole number",
+                where=name,
+                next_step=f"{name}=4, without quotes"
+                if name == "bits"
+                else "group_size=32, without quotes, or None for a whole row",
+            )
+    if isinstance(batches, Mapping) or not all(isinstance(b, Mapping) and "input_ids" in b for b in batches):  # type: ignore[attr-defined]
+        raise CompressError(
+            "batches are a list of dicts with input_ids",
+            where="batches",
+            next_step='batches=[tokenizer(texts, return_tensors="pt", padding=True)]',
+        )
+
+
 def _require_sound(model: PreTrainedModel) -> None:
     """Libraries pack NaN without a word, and a second rounding, or fail deep inside."""
     if packed := format_of(model.config):
@@ -176,13 +249,32 @@ def _require_sound(model: PreTrainedModel) -> None:
             )
 
 
-def _check_scales(scales: Mapping[str, Tensor], model: PreTrainedModel, backend: str) -> None:
-    known = [w.name for w in weights(model)]
+def _check_scales(
+    scales: Mapping[str, Tensor],
+    model: PreTrainedModel,
+    backend: str,
+    bits: int,
+    group_size: int | None,
+    options: Mapping[str, Any],
+) -> None:
+    known = {w.name: w for w in weights(model)}
     unknown = next((name for name in scales if name not in known), None)
     if unknown is not None:
         raise CompressError(f"no weight {unknown!r}", where="scales", next_step=did_you_mean(unknown, known))
     if scales and "grid" not in backends.entry(backend).traits:
         raise CompressError(f"{backend} finds scales of its own", where="scales", next_step="leave them out")
+    grids = options.get("grids") or {}
+    for name, scale in scales.items():
+        own = {key: value for key, value in options.items() if key != "grids"}
+        usual = backends.entry(backend).traits["grid"](bits=bits, group_size=group_size, **own)
+        inputs = known[name].shape[1]
+        groups = inputs // (grids.get(name, usual).group_size or inputs)
+        if scale.ndim == 2 and scale.shape[1] != groups:
+            raise CompressError(
+                f"{scale.shape[1]} scales a row, and {backend} stores {groups} here",
+                where=f"scales: {name}",
+                next_step="the bits and group_size that chose the scales (of QAT: its own)",
+            )
 
 
 def _rounded(

@@ -6,12 +6,11 @@ import inspect
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
-from hf_compress.backends import backends, foresee, quantize
+from hf_compress.backends import backends, check_options, foresee, quantize
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.grids import Grid
 from hf_compress.oneshot import Solver, compress_blocks, compress_checkpoint, empty_model, solvers
@@ -90,31 +89,7 @@ class Quantize(Stage):
             backends.entry(self.backend)
         except CompressError as error:
             raise CompressError(error.what, where=f"{where}.backend", next_step=error.next_step) from error
-        known = set(inspect.signature(backends[self.backend]).parameters) - {
-            "model",
-            "tokenizer",
-            "folder",
-            "bits",
-            "group_size",
-            "grids",
-            "scales",
-            "calibration",
-            "say",
-        }
-        hints = get_type_hints(backends[self.backend])
-        for option, value in self.options.items():
-            if option not in known:
-                raise CompressError(
-                    f"{self.backend} has no option {option!r}",
-                    where=f"{where}.options",
-                    next_step=did_you_mean(option, known),
-                )
-            try:
-                TypeAdapter(hints[option]).validate_python(value, strict=True)
-            except ValidationError as error:
-                raise CompressError(
-                    f"{error.errors()[0]['msg']} (got {value!r})", where=f"{where}.options.{option}"
-                ) from error
+        check_options(self.backend, self.options, where=f"{where}.options")
         if self.samples < 1:
             raise CompressError(f"{self.samples} rows calibrate nothing", where=f"{where}.samples")
         try:

@@ -11,6 +11,7 @@ from hf_compress.backends import quantize
 from hf_compress.errors import CompressError
 from hf_compress.planning import plan, require_possible
 from hf_compress.recipe import parse
+from hf_compress.weights import weights
 from tests.models import tiny
 
 
@@ -125,3 +126,43 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
     with pytest.raises(CompressError, match=rf"'{package}', which is not installed[\s\S]*hf-compress\[{extra}\]"):
         parse({"name": "x", "model": {"id": "unread"}, "stages": [stage]})
+
+
+CT4: dict[str, Any] = {"backend": "compressed-tensors", "bits": 4, "group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"bits": "4"}, r"'4' is no whole number[\s\S]*where: bits[\s\S]*bits=4, without quotes"),
+        ({"bits": 4.5}, r"4.5 is no whole number[\s\S]*where: bits"),
+        ({"group_size": "32"}, r"'32' is no whole number[\s\S]*where: group_size"),
+        ({"activation": 8}, r"no option 'activation'[\s\S]*where: options[\s\S]*mean 'activations'"),
+        ({"activations": "8"}, r"integer \(got '8'\)[\s\S]*where: options.activations"),
+        ({"overrides": {"down_proj": {"bits": 8}}}, r"does not take 'overrides'[\s\S]*recipe"),
+        ({"budget": 3.5}, r"does not take 'budget'[\s\S]*recipe"),
+        ({"method": "gptq", "batches": ["a text"]}, r"dicts with input_ids[\s\S]*tokenizer\(texts"),
+        ({"method": "gptq", "batches": {"input_ids": torch.ones(1, 4)}}, "dicts with input_ids"),
+        ({"group_size": 48}, r"no matrix would be stored in fewer bits: 48 does not divide its 64 inputs"),
+    ],
+)
+def test_what_a_script_gets_wrong_is_named_with_the_next_step(
+    asked: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CompressError, match=reason):
+        quantize(tiny("llama"), tmp_path / "out", **(CT4 | asked))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match=r"loaded model is needed, not str[\s\S]*from_pretrained"):
+        quantize("my-org/my-model", tmp_path / "out", **CT4)  # type: ignore[arg-type]
+
+
+def test_scales_of_other_groups_or_beside_a_method_are_refused(tmp_path: Path) -> None:
+    model, out = tiny("llama"), tmp_path / "out"
+    scales = {w.name: torch.ones(w.shape[0], w.shape[1] // 32) for w in weights(model)}
+    with pytest.raises(CompressError, match=r"2 scales a row, and compressed-tensors stores 1 here[\s\S]*_proj"):
+        quantize(model, out, **(CT4 | {"group_size": 64}), scales=scales)
+    with pytest.raises(CompressError, match=r"gptq would round them anew[\s\S]*where: method"):
+        quantize(model, out, **CT4, scales=scales, method="gptq")
