@@ -171,7 +171,15 @@ class Quantize(Stage):
             scheme["grids"] = own
         if self.budget is not None:
             sizes = self._sizes(model, scheme)
-            allocate(sizes, sizes, self.budget * self._stored(model, scheme))
+            count = self._stored(model, scheme)
+            least = sum(min(each.values()) for each in sizes.values()) / max(1, count)
+            if not self.budget >= least:  # NaN too
+                raise CompressError(
+                    f"the budget {self.budget:g} is below the least that all matrices need, {least:.2f} bits a weight "
+                    "with scales",
+                    where="quantize.budget",
+                    next_step="raise the budget, use larger groups, or fewer bits in overrides",
+                )
         return scheme
 
     def _stored(self, model: PreTrainedModel, scheme: dict[str, Any]) -> int:

@@ -166,3 +166,10 @@ def test_scales_of_other_groups_or_beside_a_method_are_refused(tmp_path: Path) -
         quantize(model, out, **(CT4 | {"group_size": 64}), scales=scales)
     with pytest.raises(CompressError, match=r"gptq would round them anew[\s\S]*where: method"):
         quantize(model, out, **CT4, scales=scales, method="gptq")
+
+
+def test_a_budget_that_is_too_low_is_answered_in_bits_a_weight(tmp_path: Path) -> None:
+    tiny("llama").config.save_pretrained(tmp_path)
+    stage = {"quantize": CT4 | {"budget": 1.5}}
+    with pytest.raises(CompressError, match=r"budget 1.5 is below the least[^\n]* 3.00 bits a weight"):
+        require_possible(parse({"name": "x", "model": {"id": str(tmp_path), "task": "causal-lm"}, "stages": [stage]}))
