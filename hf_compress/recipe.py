@@ -245,8 +245,12 @@ def _override(raw: dict[str, Any], text: str) -> None:
             if not match:
                 match = [i for i, entry in enumerate(node) if isinstance(entry, dict) and key in entry]
             if not match:
+                words = {word for entry in node for word in ([entry] if isinstance(entry, str) else entry)} - {"name"}
+                words |= {entry["name"] for entry in node if isinstance(entry, dict) and "name" in entry}
                 raise CompressError(
-                    f"no stage {key!r}", where=f"--set {text}", next_step="name a stage by its name, kind or number"
+                    f"no stage {key!r}",
+                    where=f"--set {text}",
+                    next_step=f"name a stage by its name, kind or number; {did_you_mean(key, words)}",
                 )
             entry = node[match[0]]
             node = entry if last or keys[depth + 1] in entry else next(v for k, v in entry.items() if k != "name")

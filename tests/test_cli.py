@@ -1,5 +1,6 @@
 """What a person sees: commands that teach, errors that are short, exit codes a script can use."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     said = capsys.readouterr().out
     commands = ("run", "plan", "evaluate", "verify", "card", "publish", "compare", "cache-teacher", "env", "list")
     assert [word for word in commands if f"│ {word} " not in said] == []
+
+
+def test_the_module_runs_as_the_command_does() -> None:
+    said = subprocess.run([sys.executable, "-m", "hf_compress", "list", "stages"], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert "quantize" in said.stdout
 
 
 @pytest.mark.parametrize(

@@ -555,7 +555,7 @@ def test_overrides_reach_stages_by_name_kind_and_number(tmp_path: Path, classifi
         2e-5,
         7,
     )
-    with pytest.raises(CompressError, match="no stage 'destil'"):
+    with pytest.raises(CompressError, match=r"no stage 'destil'[\s\S]*did you mean 'distil'"):
         load(str(file), ["stages.destil.args.max_steps=9"])
 
 

@@ -121,6 +121,12 @@ class Quantize(Stage):
                     where=f"{where}.method",
                     next_step=did_you_mean(self.method, makers),
                 )
+        if self.solver_options and self.method is None:
+            raise CompressError(
+                "solver_options are those of a method, and none is given",
+                where=f"{where}.solver_options",
+                next_step="method: gptq (see `hf-compress list solvers`), or leave solver_options out",
+            )
         check_solver_options(self.method or "rtn", self.solver_options, where=f"{where}.solver_options")
         if "quantize" in work_kinds:
             raise CompressError("the weights are quantized already", where=where, next_step="keep one quantize stage")

@@ -39,6 +39,10 @@ from tests.models import tiny
         ),
         ({"backend": "compressed-tensors", "bits": 4, "budget": float("nan")}, "budget nan is below the least"),
         ({"backend": "compressed-tensors", "bits": 4, "method": "gptq", "samples": 0}, "0 rows calibrate nothing"),
+        (
+            {"backend": "compressed-tensors", "bits": 4, "solver_options": {"epochs": 4}},
+            r"none is given[\s\S]*quantize.solver_options[\s\S]*method: gptq",
+        ),
         ({"backend": "torchao", "group_size": 48}, "48 does not divide its 64 inputs"),
         ({"backend": "torchao", "group_size": 0}, r"0 is not positive[\s\S]*quantize.group_size"),
         ({"backend": "gptq", "bits": 4, "group_size": -32}, r"-32 is not positive[\s\S]*quantize.group_size"),
