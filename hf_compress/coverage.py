@@ -38,18 +38,25 @@ class Coverage:
     def as_facts(self) -> dict[str, Any]:
         return asdict(self) | {"share": self.share, "experts": self.experts}
 
+    @property
+    def least(self) -> float:
+        """The share, or the experts' where that is lower."""
+        return min(self.share, 1.0 if self.experts is None else self.experts)
+
+    def left_out(self) -> str:
+        """Why, and of which weights, but for those that stay by design; a sentence's end."""
+        return "; ".join(
+            f"{len(names)} x {reason} (e.g. {names[0]})"
+            for reason, names in self.skipped.items()
+            if reason not in KEPT.values()
+        )
+
     def require(self, minimum: float, *, where: str) -> None:
-        """Raise a `CompressError` naming what was left out when the share, or the experts' share, is below
-        `minimum`."""
-        low = min(self.share, 1.0 if self.experts is None else self.experts)
-        if low < minimum:
-            worst = "; ".join(
-                f"{len(names)} x {reason} (e.g. {names[0]})"
-                for reason, names in self.skipped.items()
-                if reason not in KEPT.values()
-            )
+        """Raise a `CompressError` naming what was left out when `least` is below `minimum`."""
+        if self.least < minimum:
             raise CompressError(
-                f"covers {low:.1%} of the weights, below min_coverage {minimum:.0%}; left out: {worst}",
+                f"covers {self.least:.1%} of the weights, below min_coverage {minimum:.0%}; left out: "
+                + self.left_out(),
                 where=where,
                 next_step="pick a backend that stores them, skip less, or lower min_coverage knowingly",
             )

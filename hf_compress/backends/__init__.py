@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,12 @@ from hf_compress.registry import Registry
 from hf_compress.source import format_of
 from hf_compress.verification import write_expectation, write_hashes
 from hf_compress.weights import weights
+
+WORTH_A_WARNING = 0.99  # where a recipe would stop
+
+
+class PartlyStored(UserWarning):
+    """Weights stayed as they were; a recipe's stage looks at its min_coverage instead."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +164,8 @@ def quantize(
         options: the backend's own: dtype, quant_type, double_quant (bitsandbytes); activations (compressed-tensors);
             quant_type, activations (torchao).
 
-    Look at `Written.coverage`: what the container cannot store stays as it was. `overrides`, `budget`, `smooth` and
-    `eora` are keys of a recipe's quantize stage.
+    What the container cannot store stays as it was: see `Written.coverage`; more than 1% is warned of. `overrides`,
+    `budget`, `smooth` and `eora` are keys of a recipe's quantize stage.
 
     Raises:
         CompressError: unknown backend, method or option, or of another type; the folder exists; bits or group sizes
@@ -204,6 +211,13 @@ def quantize(
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    if written.coverage.least < WORTH_A_WARNING:
+        warnings.warn(
+            f"{folder} stores {written.coverage.least:.1%} of the weights in {bits} bits; left as they are: "
+            + written.coverage.left_out(),
+            PartlyStored,
+            stacklevel=2,
+        )
     return written
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_compress.backends import backends, check_options, foresee, quantize
+from hf_compress.backends import PartlyStored, backends, check_options, foresee, quantize
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.grids import Grid
 from hf_compress.oneshot import Solver, compress_blocks, compress_checkpoint, empty_model, solvers
@@ -278,17 +279,19 @@ class Quantize(Stage):
             shutil.rmtree(extras["adapter"], ignore_errors=True)
             facts["eora"] = write_adapter(work.model, batches, dense, extras["adapter"], rank=self.eora.rank)
             del dense
-        written = quantize(
-            work.model,
-            saved,
-            backend=self.backend,
-            tokenizer=work.tokenizer,
-            scales=scales,
-            batches=batches,
-            say=work.say,
-            **scheme,
-            **self.options,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PartlyStored)
+            written = quantize(
+                work.model,
+                saved,
+                backend=self.backend,
+                tokenizer=work.tokenizer,
+                scales=scales,
+                batches=batches,
+                say=work.say,
+                **scheme,
+                **self.options,
+            )
         written.coverage.require(self.min_coverage, where=where)
         facts |= written.facts | {"notes": written.notes + ([ADAPTER] if extras else [])}
         return Done(written.model, facts, written.coverage, saved, extras, quantized=self.backend)

@@ -1,13 +1,14 @@
 """What a container does not have, and what its library is missing for, is said before a weight is read; a model that
 it would pack without a word, and wrong, is refused."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hf_compress.backends import quantize
+from hf_compress.backends import PartlyStored, quantize
 from hf_compress.errors import CompressError
 from hf_compress.planning import plan, require_possible
 from hf_compress.recipe import parse
@@ -177,3 +178,11 @@ def test_a_budget_that_is_too_low_is_answered_in_bits_a_weight(tmp_path: Path) -
     stage = {"quantize": CT4 | {"budget": 1.5}}
     with pytest.raises(CompressError, match=r"budget 1.5 is below the least[^\n]* 3.00 bits a weight"):
         require_possible(parse({"name": "x", "model": {"id": str(tmp_path), "task": "causal-lm"}, "stages": [stage]}))
+
+
+def test_what_stays_as_it_was_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(PartlyStored, match=r"stores 0\.0% .* stacked experts"):
+        quantize(tiny("qwen3_moe"), tmp_path / "partly", backend="torchao", bits=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PartlyStored)
+        quantize(tiny("llama"), tmp_path / "whole", backend="torchao", bits=8)
