@@ -26,6 +26,10 @@ def check_options(options: QAT) -> None:
             raise CompressError(
                 f"unknown {key} {given!r}", where=f"qat.{key}", next_step=did_you_mean(str(given), known)
             )
+    for key in ("bits", "group_size", "activations"):
+        given = getattr(options, key)
+        if type(given) is not int and (given is not None or key == "bits"):
+            raise CompressError(f"{given!r} is no whole number", where=f"qat.{key}", next_step="leave out quotes")
     number, unit = parse_when(options.begin, where="qat.begin")
     frozen = None if options.freeze_after is None else parse_when(options.freeze_after, where="qat.freeze_after")
     acts = options.activations

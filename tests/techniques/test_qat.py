@@ -283,6 +283,8 @@ def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
         ("llama", {"activations": 8, "ranges": "histogram"}, "unknown ranges"),
         ("llama", {"activations": 8, "ranges": "percentile", "percentile": 20}, "no percentage"),
         ("llama", {"begin": 1.0}, "begins where the run ends"),
+        ("llama", {"bits": "4"}, "is no whole number"),
+        ("llama", {"bits": 4, "group_size": "32"}, "is no whole number"),
         ("llama", {"begin": "sometime"}, "no moment of a run"),
         ("llama", {"begin": 0.5, "freeze_after": 0.25}, "freeze before rounding begins"),
         ("llama", {"scale_rate": 0.0}, "does not train"),
