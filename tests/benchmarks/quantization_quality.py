@@ -5,8 +5,9 @@
 
 SmolLM2-135M (from its package; symmetric groups of 64, as 576 is no multiple of 128) and IMDB reviews, 32 x 512 tokens
 to calibrate on, other ones for each seed, 30 x 512 held out for everybody. An arm is a process of its own
-(`quantization_arm.py`), one thread; arms that are done are not run again. --model FOLDER --name NAME --length 256
---rows 64 --group 32 measures another model (DeepSeek-V3: read its KL, its perplexity gap is within noise at 4 bits).
+(`quantization_arm.py`), one thread; arms that are done are not run again. gptq: our solver with its defaults; tuned:
+with 2 epochs in which the levels of a block move together. --model FOLDER --name NAME --length 256 --rows 64 --group 32
+measures another model (DeepSeek-V3: read its KL, its perplexity gap is within noise at 4 bits).
 Gaps are perplexity less the dense model's; intervals are a bootstrap over held-out sequences, the same draws for both
 sides. The package's SmolLM2 had been rounded to 4 bits in asymmetric groups of 32: other grids are honest on it.
 Writes results/NAME_quantization.json.
@@ -20,6 +21,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +33,8 @@ from oneshot_pruning import divergence, gap, ratio, smollm2, write_tokens
 from report import figure, record
 
 SCHEMES = ("w3", "w4", "nf4", "nf4-double", "w2", "w8")
-OURS, PLAIN = ("ours", "gptq"), ("ours", "rtn")
+OURS, TUNED, PLAIN = ("ours", "gptq"), ("ours", "gptq, tuned"), ("ours", "rtn")
+OPTIONS = {"gptq, tuned": {"epochs": 2}}  # of the solver, where not its defaults
 PEERS = (("auto-round", ""), ("llm-compressor", ""), ("optimum", ""), ("torchao", ""))
 DENSE_EXPERTS = ("optimum", "torchao")  # they leave stacked experts as they are: no comparison where a model has them
 TARGETS = {  # scheme, peer -> ours / theirs, in perplexity gap and KL
@@ -43,7 +46,7 @@ Run = dict[str, Any]
 
 
 def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namespace) -> Run | None:
-    out = args.output / f"{args.name}-{library}-{method}-{scheme}-{seed}.json"
+    out = args.output / f"{args.name}-{library}-{method.replace(', ', '-')}-{scheme}-{seed}.json"
     if not out.exists():
         python = {
             "ours": sys.executable,
@@ -55,7 +58,8 @@ def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namesp
         if args.report or python is None:
             return None
         command = [str(python), str(Path(__file__).with_name("quantization_arm.py")), "--library", library]
-        command += ["--method", method, "--scheme", scheme, "--group", str(args.group), "--model", str(args.model)]
+        command += ["--method", method.split(",")[0], "--options", json.dumps(OPTIONS.get(method, {}))]
+        command += ["--scheme", scheme, "--group", str(args.group), "--model", str(args.model)]
         command += ["--tokens", str(args.tokens), "--seed", str(seed), "--out", str(out.absolute())]
         alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         subprocess.run(command, check=True, env=os.environ | alone)
@@ -65,15 +69,15 @@ def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namesp
 
 def compared(runs: dict[tuple[str, tuple[str, str]], dict[int, Run]], scheme: str) -> list[dict[str, Any]]:
     figures = []
-    for peer in (*PEERS, PLAIN):
-        ours, theirs = runs.get((scheme, OURS), {}), runs.get((scheme, peer), {})
+    for us, peer in product((OURS, TUNED), (*PEERS, PLAIN)):
+        ours, theirs = runs.get((scheme, us), {}), runs.get((scheme, peer), {})
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
             continue
         a, b = [ours[s] for s in seeds], [theirs[s] for s in seeds]
         said = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
         other = {PLAIN: "to the nearest" if scheme.startswith("w") else "plain bitsandbytes"}.get(peer, peer[0])
-        name, target = f"{scheme}, gptq / {other} ({said})", TARGETS.get((scheme, peer))
+        name, target = f"{scheme}, {us[1]} / {other} ({said})", TARGETS.get((scheme, peer))
         for what, of in (("perplexity gap", gap), ("KL to dense", divergence)):
             value, spread = ratio(of, a, b)
             wanted, reached = (f"<= {target}", value <= target) if target else ("-", True)
@@ -91,6 +95,9 @@ def main() -> None:
     parser.add_argument("--auto-round", type=Path, help="python of an environment with auto-round")
     parser.add_argument("--optimum", type=Path, help="python of the environment gptq")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument(
+        "--tuned", nargs="*", default=["w3", "w4"], help="schemes to measure with 2 epochs of tuning too"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", type=Path, help="a causal model's folder; none = SmolLM2-135M")
     parser.add_argument("--name", default="smollm2")
@@ -116,7 +123,7 @@ def main() -> None:
                 if scheme in ("w2", "w3", "w4")
                 else []
             )
-            for library, method in (PLAIN, OURS, *peers):
+            for library, method in (PLAIN, OURS, *peers, *([TUNED] if scheme in args.tuned else ())):
                 one = arm(library, method, scheme, seed, args)
                 if one is not None:
                     runs.setdefault((scheme, (library, method)), {})[seed] = one
