@@ -5,9 +5,9 @@
 
 SmolLM2-135M (from its package; symmetric groups of 64, as 576 is no multiple of 128) and IMDB reviews, 32 x 512 tokens
 to calibrate on, other ones for each seed, 30 x 512 held out for everybody. An arm is a process of its own
-(`quantization_arm.py`), one thread; arms that are done are not run again. gptq: our solver with its defaults; tuned:
-with 2 epochs in which the levels of a block move together. --model FOLDER --name NAME --length 256 --rows 64 --group 32
-measures another model (DeepSeek-V3: read its KL, its perplexity gap is within noise at 4 bits).
+(`quantization_arm.py`), one thread; finished arms are not run again. gptq: our solver with its defaults; tuned:
+with 2 epochs in which the levels of a block move together. --model FOLDER --name NAME --length 256 --rows 64
+--group 32 measures another model (DeepSeek-V3: read its KL, its perplexity gap is within noise at 4 bits).
 Gaps are perplexity less the dense model's; intervals are a bootstrap over held-out sequences, the same draws for both
 sides. The package's SmolLM2 had been rounded to 4 bits in asymmetric groups of 32: other grids are honest on it.
 Writes results/NAME_quantization.json.
