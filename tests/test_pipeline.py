@@ -426,7 +426,7 @@ def change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("stages/2/quantize/bits", 9, r"2 to 8 bits, not 9[\s\S]*stages\[2\].quantize.bits"),
         ("stages/1/train/args/max_steps", "abc", r"valid integer[\s\S]*args.max_steps"),
         ("stages/2/quantize/method", "gptqq", "no solver 'gptqq'"),
-        ("stages/2/quantize/solver_options", {"damping": 1}, r"rtn has no option[\s\S]*quantize.solver_options"),
+        ("stages/2/quantize/solver_options", {"damping": 1}, r"are those of a method[\s\S]*quantize.solver_options"),
         ("stages/0/prune/solver_options", {"stepz": 1}, r"did you mean 'steps'|has no option 'stepz'"),
         ("stages/2/quantize", {"backend": "bitsandbytes", "streaming": True}, "rounds the whole model at once"),
         ("stages/2/quantize/backend", "bitsandbites", r"unknown backend[\s\S]*did you mean 'bitsandbytes'"),

@@ -51,6 +51,7 @@ def test_the_tables_are_those_of_bitsandbytes() -> None:
         torch.testing.assert_close(torch.tensor(table), theirs, rtol=1e-6, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::hf_compress.backends.PartlyStored")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
 def test_bitsandbytes_decodes_to_what_was_chosen(name: str, scheme: str, tmp_path: Path) -> None:
@@ -100,6 +101,7 @@ def test_codes_that_would_be_others_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore::hf_compress.backends.PartlyStored")
 def test_one_call_rounds_with_a_solver_and_writes(tmp_path: Path) -> None:
     by_hand, model = tiny("deepseek_v3"), tiny("deepseek_v3")
     calibrated(by_hand, SCHEMES["nf4"])

@@ -20,6 +20,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 ERROR = {2: 2.0, 3: 1.2, 4: 0.6, 8: 0.4}  # of random weights, to tell a wrong code path from rounding
 
 
+@pytest.mark.filterwarnings("ignore::hf_compress.backends.PartlyStored")
 @pytest.mark.parametrize("backend", SCHEMES)
 def test_every_cell_is_what_was_foreseen_and_what_the_readme_says(backend: str, tmp_path: Path) -> None:
     folders, seen = dict[tuple[str, str], Path](), dict[tuple[str, str], tuple[str, str]]()
