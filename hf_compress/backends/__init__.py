@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -221,7 +221,7 @@ def quantize(
     return written
 
 
-def _check_types(model: object, bits: object, group_size: object, batches: object) -> None:
+def _check_types(model: object, bits: object, group_size: object, batches: Iterable[object]) -> None:
     """Annotations bind nobody in a script, and what they would have caught fails deep inside."""
     if not isinstance(model, PreTrainedModel):
         raise CompressError(
@@ -229,16 +229,13 @@ def _check_types(model: object, bits: object, group_size: object, batches: objec
             where="model",
             next_step="AutoModelForCausalLM.from_pretrained(...), or the class of your task",
         )
-    for name, given in (("bits", bits), ("group_size", group_size)):
+    for name, given, fix in (
+        ("bits", bits, "bits=4, without quotes"),
+        ("group_size", group_size, "group_size=32, without quotes, or None for a whole row"),
+    ):
         if type(given) is not int and (given is not None or name == "bits"):
-            raise CompressError(
-                f"{given!r} is no whole number",
-                where=name,
-                next_step=f"{name}=4, without quotes"
-                if name == "bits"
-                else "group_size=32, without quotes, or None for a whole row",
-            )
-    if isinstance(batches, Mapping) or not all(isinstance(b, Mapping) and "input_ids" in b for b in batches):  # type: ignore[attr-defined]
+            raise CompressError(f"{given!r} is no whole number", where=name, next_step=fix)
+    if isinstance(batches, Mapping) or not all(isinstance(b, Mapping) and "input_ids" in b for b in batches):
         raise CompressError(
             "batches are a list of dicts with input_ids",
             where="batches",
