@@ -187,8 +187,9 @@ def quantize(
     entry.traits["check"](bits=bits, group_size=group_size, **options)
     _require_sound(model)
     _check_scales(scales or {}, model, backend, bits, group_size, options)
-    if refused := foresee(model, backend, bits=bits, group_size=group_size, **options).refused:
-        raise refused
+    foreseen = foresee(model, backend, bits=bits, group_size=group_size, **options)
+    if foreseen.refused is not None:
+        raise foreseen.refused
     if scales and method is not None:
         raise CompressError(
             f"the weights lie on a grid already, and {method} would round them anew",
@@ -196,7 +197,9 @@ def quantize(
             next_step="leave out method, to store what was trained, or scales",
         )
     if method is not None:
-        scales = _rounded(model, backend, method, batches, solver_options or {}, bits, group_size, options)
+        scheme = {"bits": bits, "group_size": group_size, **options}
+        only = [w.name for w in weights(model) if w.name not in foreseen.reasons]
+        scales = _rounded(model, backend, method, batches, solver_options or {}, scheme, only)
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     chosen: dict[str, Any] = {} if scales is None else {"scales": scales}
@@ -294,11 +297,11 @@ def _rounded(
     method: str,
     batches: Sequence[Batch],
     solver_options: Mapping[str, Any],
-    bits: int,
-    group_size: int | None,
-    options: Mapping[str, Any],
+    scheme: Mapping[str, Any],
+    only: list[str],
 ) -> dict[str, Tensor]:
-    """The scales of the weights that `method` rounded in place."""
+    """The scales of the weights, those named in `only`, that `method` rounded in place. scheme: bits, group_size and
+    the backend's options."""
     traits, makes = backends.entry(backend).traits, solvers.entry(method, where="method").traits["makes"]
     if "grid" not in traits or makes != "codes":
         raise CompressError(
@@ -309,8 +312,5 @@ def _rounded(
             next_step="leave it out" if "grid" not in traits else "gptq, or rtn",
         )
     check_solver_options(method, solver_options, where="solver_options")
-    scheme = {"bits": bits, "group_size": group_size, **options}
-    kept = foresee(model, backend, bits=bits, group_size=group_size, **options).reasons
     solver = solvers[method](grid=traits["grid"](**scheme), **solver_options)
-    only = [w.name for w in weights(model) if w.name not in kept]
     return compress_blocks(model, list(batches), solver, only=only).scales
