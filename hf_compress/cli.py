@@ -416,3 +416,7 @@ def main() -> None:
         text = f"{error}\n  next: {mend}, then run the same command again to go on"
         errors.print(Panel(text, title="hf-compress", title_align="left", border_style="red"), markup=False)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,8 +25,9 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert [word for word in commands if f"│ {word} " not in said] == []
 
 
-def test_the_module_runs_as_the_command_does() -> None:
-    said = subprocess.run([sys.executable, "-m", "hf_compress", "list", "stages"], capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["hf_compress", "hf_compress.cli"])
+def test_the_module_runs_as_the_command_does(module: str) -> None:
+    said = subprocess.run([sys.executable, "-m", module, "list", "stages"], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert "quantize" in said.stdout
 

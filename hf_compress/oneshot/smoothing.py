@@ -23,6 +23,7 @@ from hf_compress.weights import COMPRESSIBLE, Weight, blocks_of, weights
 
 ROWS = 256  # of a matrix that the search looks at
 EXPONENTS = tuple(step / 20 for step in range(21))
+ALPHA = 0.5
 METHODS = {"awq": ("input_norm", "hessian"), "smoothquant": ("input_max",)}
 
 
@@ -34,7 +35,9 @@ class Smooth:
         default="awq",
         metadata={"help": "awq (exponents searched for the rounded weights) or smoothquant (for rounded activations)"},
     )
-    alpha: float = field(default=0.5, metadata={"help": "smoothquant: how much of the range goes to the weights"})
+    alpha: float | None = field(
+        default=None, metadata={"help": "smoothquant: how much of the range goes to the weights; none: a half"}
+    )
 
     def check(self, *, where: str) -> None:
         if self.method not in METHODS:
@@ -42,6 +45,14 @@ class Smooth:
                 f"unknown method {self.method!r}",
                 where=f"{where}.method",
                 next_step=did_you_mean(self.method, METHODS),
+            )
+        if self.alpha is None:
+            return
+        if self.method != "smoothquant":
+            raise CompressError(
+                f"{self.method} searches its exponents and reads no alpha",
+                where=f"{where}.alpha",
+                next_step="leave it out, or method: smoothquant",
             )
         if not 0 <= self.alpha <= 1:
             raise CompressError(f"alpha {self.alpha:g} is not within 0 and 1", where=f"{where}.alpha")
@@ -181,6 +192,7 @@ def smooth(
     Raises:
         CompressError: as `folds_of` and `run_blocks`; no batches.
     """
+    alpha = ALPHA if how.alpha is None else how.alpha
     chosen: list[tuple[Fold, Tensor]] = []
     exponents: list[float] = []
     seen: dict[str, tuple[Weight, Statistics]] = {}
@@ -196,7 +208,7 @@ def smooth(
                 inputs = torch.stack([st.input_max for _, st in known if st.input_max is not None]).amax(0)
                 outputs = torch.stack([w.matrix.abs().amax(0).float() for w, _ in known]).amax(0)
                 x, w = (fold.per_channel(each, largest=True) for each in (inputs, outputs))
-                chosen.append((fold, smoothquant(x, w, how.alpha)))
+                chosen.append((fold, smoothquant(x, w, alpha)))
         seen.clear()
 
     def look(group: Sequence[Weight], statistics: Statistics) -> list[Solved]:
@@ -211,7 +223,7 @@ def smooth(
     for fold, s in chosen:
         fold.apply(s)
     facts: dict[str, Any] = {"method": how.method, "folds": len(chosen)}
-    return facts | ({"mean_exponent": sum(exponents) / len(exponents)} if exponents else {"alpha": how.alpha})
+    return facts | ({"mean_exponent": sum(exponents) / len(exponents)} if exponents else {"alpha": alpha})
 
 
 def _search(

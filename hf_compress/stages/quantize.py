@@ -167,7 +167,7 @@ class Quantize(Stage):
 
         Raises:
             CompressError: an expression that finds no weight (did you mean); a model that cannot be smoothed; a budget
-            that is too low.
+            that is below the least or above the most.
         """
         if self.smooth is not None:
             folds_of(model, 0)
@@ -179,13 +179,20 @@ class Quantize(Stage):
         if self.budget is not None:
             sizes = self._sizes(model, scheme)
             count = self._stored(model, scheme)
-            least = sum(min(each.values()) for each in sizes.values()) / max(1, count)
+            least, most = (sum(end(each.values()) for each in sizes.values()) / max(1, count) for end in (min, max))
             if not self.budget >= least:  # NaN too
                 raise CompressError(
                     f"the budget {self.budget:g} is below the least that all matrices need, {least:.2f} bits a weight "
                     "with scales",
                     where="quantize.budget",
                     next_step="raise the budget, use larger groups, or fewer bits in overrides",
+                )
+            if self.budget > most:
+                raise CompressError(
+                    f"the budget {self.budget:g} is above what all matrices take with {self.bits} bits, {most:.2f} "
+                    "bits a weight with scales: nothing is left to choose",
+                    where="quantize.budget",
+                    next_step="lower the budget, raise bits (the most that a matrix may get), or leave budget out",
                 )
         return scheme
 

@@ -66,7 +66,7 @@ def test_bits_and_groups_that_a_container_does_not_have(scheme: dict[str, Any], 
         ({"quantize": {"bits": 4, "backend": "compressed-tensors", "streaming": True, "method": "gptq"}}, True),
         ({"quantize": {"bits": 4, "eora": {"rank": 4}}}, True),
         ({"quantize": {"bits": 4, "smooth": {"method": "awq"}}}, True),
-        ({"quantize": {"bits": 4, "backend": "compressed-tensors", "budget": 4.5}}, True),
+        ({"quantize": {"bits": 4, "backend": "compressed-tensors", "budget": 4.0}}, True),
         ({"quantize": {"bits": 4, "backend": "gptq"}}, True),
         ({"prune": {}}, True),
         ({"prune": {"method": "criterion", "criterion": "magnitude"}}, False),
@@ -173,10 +173,17 @@ def test_scales_of_other_groups_or_beside_a_method_are_refused(tmp_path: Path) -
         quantize(model, out, **CT4, scales=scales, method="gptq")
 
 
-def test_a_budget_that_is_too_low_is_answered_in_bits_a_weight(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("budget", "what"),
+    [
+        (1.5, r"budget 1.5 is below the least[^\n]* 3.00 bits a weight"),
+        (5.5, r"budget 5.5 is above [^\n]* 4 bits, 5.00 bits a weight"),
+    ],
+)
+def test_a_budget_without_a_choice_is_answered_in_bits_a_weight(budget: float, what: str, tmp_path: Path) -> None:
     tiny("llama").config.save_pretrained(tmp_path)
-    stage = {"quantize": CT4 | {"budget": 1.5}}
-    with pytest.raises(CompressError, match=r"budget 1.5 is below the least[^\n]* 3.00 bits a weight"):
+    stage = {"quantize": CT4 | {"budget": budget}}
+    with pytest.raises(CompressError, match=what):
         require_possible(parse({"name": "x", "model": {"id": str(tmp_path), "task": "causal-lm"}, "stages": [stage]}))
 
 

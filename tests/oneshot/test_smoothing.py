@@ -203,7 +203,11 @@ def test_a_recipe_smooths_before_it_rounds(tmp_path: Path) -> None:
     recipe = {"name": "x", "model": {"id": str(tmp_path / "model")}, "data": data, "stages": [{"quantize": how}]}
     result = compress(parse(recipe), tmp_path / "out")
     assert result.facts["stages"][0]["facts"]["smooth"]["folds"] == 8
-    for wrong, what in (({"method": "awk"}, "unknown method"), ({"alpha": 2.0}, "not within 0 and 1")):
+    for wrong, what in (
+        ({"method": "awk"}, "unknown method"),
+        ({"method": "smoothquant", "alpha": 2.0}, "not within 0 and 1"),
+        ({"method": "awq", "alpha": 0.5}, "awq searches its exponents and reads no alpha"),
+    ):
         with pytest.raises(CompressError, match=what):
             parse(recipe | {"stages": [{"quantize": how | {"smooth": wrong}}]})
     with pytest.raises(CompressError, match="smooth needs the whole model in memory"):
