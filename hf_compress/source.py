@@ -122,6 +122,17 @@ def format_of(config: PreTrainedConfig) -> str | None:
     return None if method is None else str(getattr(method, "value", method))
 
 
+def require_unquantized(model: Any, *, where: str) -> None:
+    """Raise a CompressError for a model whose weights are packed, or are so again at its next forward: what names and
+    shapes say of it is not what it computes with."""
+    if method := format_of(model.config):
+        raise CompressError(
+            f"the model is quantized already ({method})",
+            where=where,
+            next_step="start from the model before it was quantized: pruning, shrinking and QAT come first",
+        )
+
+
 def _quantization(config: PreTrainedConfig) -> dict[str, Any]:
     found: Any = getattr(config, "quantization_config", None) or {}
     return found if isinstance(found, dict) else dict(found.to_dict())

@@ -22,7 +22,7 @@ from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.oneshot import compress_blocks, solvers
 from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.registry import Registry
-from hf_compress.source import format_of
+from hf_compress.source import require_unquantized
 from hf_compress.verification import write_expectation, write_hashes
 from hf_compress.weights import weights
 
@@ -248,12 +248,7 @@ def _check_types(model: object, bits: object, group_size: object, batches: Itera
 
 def _require_sound(model: PreTrainedModel) -> None:
     """Libraries pack NaN without a word, and a second rounding, or fail deep inside."""
-    if packed := format_of(model.config):
-        raise CompressError(
-            f"the model is quantized already ({packed})",
-            where="quantize",
-            next_step="start from the model before it was quantized",
-        )
+    require_unquantized(model, where="quantize")
     for weight in weights(model):
         if not torch.isfinite(torch.stack(weight.matrix.aminmax())).all():
             raise CompressError(

@@ -17,6 +17,7 @@ from hf_compress.calibration import Batch
 from hf_compress.errors import CompressError
 from hf_compress.oneshot.engine import OneshotReport, run_blocks
 from hf_compress.oneshot.solvers import Solver
+from hf_compress.source import require_unquantized
 from hf_compress.weights import blocks_of, weights
 
 
@@ -32,8 +33,9 @@ def compress_blocks(
     the block when `resume_dir` is given.
 
     Raises:
-        CompressError: what the solver and `run_blocks` find wrong; blocks in `resume_dir` of another run.
+        CompressError: a quantized model; what the solver and `run_blocks` find wrong; blocks of another run.
     """
+    require_unquantized(model, where="one-shot compression")
     values = [w.whole.flatten()[:64].float().cpu() for w in weights(model)] if resume_dir is not None else []
     facts = [model.config.to_dict(), solver.options, sorted(only) if only is not None else None]
     stamp = fingerprint(facts, [*values, *(b["input_ids"] for b in batches)])

@@ -17,6 +17,7 @@ from hf_compress.errors import CompressError
 from hf_compress.masks import sha256
 from hf_compress.patterns import check_fits
 from hf_compress.selection import without
+from hf_compress.source import require_unquantized
 from hf_compress.techniques.base import Technique
 from hf_compress.techniques.choosing import chosen, owl_sparsities, present
 from hf_compress.techniques.gathering import GRADIENTS, Gathered
@@ -86,6 +87,7 @@ class Pruning(Technique):
         return () if self.schedule == "constant" else criteria.entry(self.criterion).traits["needs"]
 
     def attach(self, model: nn.Module) -> None:
+        require_unquantized(model, where="prune")
         everything = weights(model)
         names = without([w.name for w in everything], self.skip, where="prune.skip")
         self._weights = [w for w in everything if w.name in set(names)]

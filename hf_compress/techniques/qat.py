@@ -16,6 +16,7 @@ from hf_compress.errors import CompressError
 from hf_compress.grids import Grid
 from hf_compress.observers import OBSERVERS, Observer, percentile
 from hf_compress.selection import without
+from hf_compress.source import require_unquantized
 from hf_compress.techniques.base import Technique
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.inputs import Inputs
@@ -119,6 +120,7 @@ class QAT(Technique):
                 )
 
     def attach(self, model: nn.Module) -> None:
+        require_unquantized(model, where="qat")
         self.check_model(model)
         parts = self._parts(model)
         everything = [weight for several in parts for weight in several]

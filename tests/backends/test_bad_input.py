@@ -2,12 +2,14 @@
 it would pack without a word, and wrong, is refused."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hf_compress import QAT, Pruning, prune
 from hf_compress.backends import PartlyStored, quantize
 from hf_compress.errors import CompressError
 from hf_compress.planning import plan, require_possible
@@ -104,6 +106,26 @@ def test_weights_that_are_packed_already_or_not_finite_are_refused(name: str, tm
     with pytest.raises(CompressError, match=r"not finite[\s\S]*layers.1.mlp.up_proj.weight"):
         quantize(model, tmp_path / "out", **PACKED[name])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("name", ["int8", "compressed-tensors"])
+def test_a_quantized_model_is_neither_pruned_nor_trained_as_one_to_be(name: str, ran: bool, tmp_path: Path) -> None:
+    """compressed-tensors' layers are whole again after a forward, but for their scales, which look like weights."""
+    packed = quantize(tiny("llama"), tmp_path / "packed", **PACKED[name]).model
+    assert packed is not None
+    ids = torch.arange(3, 19)[None]
+    if ran:
+        packed(input_ids=ids)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    attempts: tuple[Callable[[], Any], ...] = (
+        lambda: prune(packed, batches, sparsity=0.5, method="criterion", criterion="magnitude"),
+        lambda: Pruning(0.5).attach(packed),
+        lambda: QAT(4).attach(packed),
+    )
+    for attempt in attempts:
+        with pytest.raises(CompressError, match=r"quantized already \([\s\S]*before it was quantized"):
+            attempt()
 
 
 def test_scales_that_no_container_could_mean_are_refused(tmp_path: Path) -> None:

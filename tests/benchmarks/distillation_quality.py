@@ -273,6 +273,9 @@ def report(task: Task, names: list[str], seeds: list[int], note: str, command: s
             f"{mean(each):.{d}f} ({min(each):.{d}f} to {max(each):.{d}f})" for each, d in zip(cells, (2, 4, 4, 1))
         ]
         shown = name if name[0] != "+" else f"forward_kl {name}"
+        beside = against(online, found)
+        step = "{:+.2f} ({:+.2f} to {:+.2f})" if task.classifier else "{:.3f} ({:.3f} to {:.3f})"
+        texts.append(step.format(mean(beside), min(beside), max(beside)) if name != "forward_kl" else "-")
         rows.append([shown, str(len(found)), *texts, f"{mean(cost):.2f}" if cost else "-"])
         if name != ALONE:
             change = against(alone, found)
@@ -286,7 +289,8 @@ def report(task: Task, names: list[str], seeds: list[int], note: str, command: s
             figures.append(figure(f"{name}: loss / online, less 1", mean(worse), "<= 0.005", reached, spread=worse))
             figures.append(figure(small, mean(smaller), ">= 500", min(smaller) >= 500, spread=smaller))
     unit = "accuracy, %" if task.classifier else "perplexity"
-    columns = ["arm", "seeds", unit, "loss", "KL to the teacher", "agreement, %", "CPU / fine-tuning"]
+    compared = "points above forward_kl" if task.classifier else "perplexity / forward_kl"
+    columns = ["arm", "seeds", unit, "loss", "KL to the teacher", "agreement, %", compared, "CPU / fine-tuning"]
     missing = [name for name in names if name not in runs]
     record(
         f"distillation_{task.name}",
