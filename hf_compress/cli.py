@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -313,63 +312,12 @@ def list_(
     ],
 ) -> None:
     """Name, one line and paper of everything of a kind; or keys, meaning and default of a section of a recipe."""
+    from hf_compress.listing import listing
+
     table = Table("name", "what", "paper or default", box=None)
     for row in listing(what):
         table.add_row(*map(escape, row))
     console.print(table)
-
-
-def listing(what: str) -> list[tuple[str, str, str]]:
-    """Rows of ``hf-compress list``; the README prints them too."""
-    from hf_compress.backends import backends
-    from hf_compress.criteria import criteria
-    from hf_compress.data import Data
-    from hf_compress.errors import CompressError, did_you_mean
-    from hf_compress.evaluation import Evaluate
-    from hf_compress.families import families
-    from hf_compress.hub import Publish
-    from hf_compress.losses import losses
-    from hf_compress.oneshot.solvers import solvers
-    from hf_compress.recipe import shipped
-    from hf_compress.source import ModelSource
-    from hf_compress.stages import STAGES
-    from hf_compress.techniques.distillation import Distillation
-    from hf_compress.techniques.pruning import Pruning
-    from hf_compress.techniques.qat import QAT
-
-    registries = {
-        "losses": losses,
-        "criteria": criteria,
-        "backends": backends,
-        "families": families,
-        "solvers": solvers,
-    }
-    if what in registries:
-        return [(entry.name, entry.summary, entry.paper) for entry in registries[what]]  # type: ignore[attr-defined]
-    if what == "recipes":
-        return [(name, path.read_text().splitlines()[0].lstrip("# "), "") for name, path in shipped().items()]
-    if what == "techniques":
-        found = (Distillation, Pruning, QAT)
-        return [(kind.__name__, (sys.modules[kind.__module__].__doc__ or "").strip(), "") for kind in found]
-    if what == "stages":
-        return [
-            (name, " ".join((sys.modules[kind.__module__].__doc__ or "").split()), "") for name, kind in STAGES.items()
-        ]
-    sections: dict[str, Any] = STAGES | {"model": ModelSource, "data": Data, "evaluate": Evaluate, "publish": Publish}
-    sections |= {"distill": Distillation, "prune-in-training": Pruning, "qat": QAT}
-    if what in sections:
-        return [(f.name, f.metadata.get("help", ""), _default(f)) for f in dataclasses.fields(sections[what])]
-    raise CompressError(
-        f"nothing to list called {what!r}",
-        next_step=did_you_mean(what, [*registries, "recipes", "stages", "techniques", *sections]),
-    )
-
-
-def _default(field: dataclasses.Field[object]) -> str:
-    """A recipe key's default as one writes it."""
-    if field.default_factory is not dataclasses.MISSING:
-        return str(field.default_factory())
-    return "needed" if field.default is dataclasses.MISSING else str(field.default)
 
 
 def _show(facts: dict[str, object]) -> None:

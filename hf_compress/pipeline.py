@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,6 +24,7 @@ from hf_compress.errors import CompressError
 from hf_compress.evaluation import evaluate
 from hf_compress.evaluation.cost import machine_facts
 from hf_compress.files import write_whole
+from hf_compress.finished import Finished, digest
 from hf_compress.hub import Publish, Published, publish
 from hf_compress.licence import copy_texts, source_licence
 from hf_compress.planning import require_possible
@@ -101,69 +99,9 @@ def compress(
     torch.manual_seed(recipe.seed)
     transformers.set_seed(recipe.seed)
 
-    tokenizer = None
-    source = _Finished.stage(room, recipe, -1)
-    checkpoint, files = source.checkpoint, weight_files(recipe.model)
-    if recipe.stages and getattr(recipe.stages[0].stage, "streaming", False) and _plain(recipe.model, files):
-        checkpoint = files[0].parent  # read from where it lies, block by block
-    elif not source.done:
-        say("reading the model")
-        model, tokenizer = load_model(recipe.model, seed=recipe.seed)
-        source.save(Done(model), tokenizer, {"kind": "source", "seconds": 0.0})
-        del model
-    extras, records, places = dict[str, Path](), list[dict[str, Any]](), {"source": str(checkpoint)}
-    places["dense"] = places["source"]
-    quantized, floating, scales = "", checkpoint, dict[str, Tensor]()
-    model_now: PreTrainedModel | None = None
-    for index, named in enumerate(recipe.stages):
-        finished = _Finished.stage(room, recipe, index)
-        if finished.done:
-            say(f"{named.name}: done before")
-            model_now = None
-        else:
-            say(f"{named.name} ({named.kind})")
-            work = _work(recipe, task, checkpoint, finished.running, places, quantized)
-            work.say, work.scales = say, scales
-            if model_now is not None:
-                work.__dict__["model"] = model_now
-            started = time.time()
-            done = named.stage.run(work)
-            finished.save(
-                done,
-                work.tokenizer,
-                {
-                    "name": named.name,
-                    "kind": named.kind,
-                    "seconds": round(time.time() - started, 1),
-                    "facts": done.facts,
-                    "coverage": done.coverage.as_facts() if done.coverage else None,
-                    "quantized": done.quantized,
-                    "extras": sorted(done.extras),
-                },
-            )
-            model_now = done.model
-        record, scales = finished.record, finished.scales
-        records.append(record)
-        checkpoint, quantized = finished.checkpoint, record["quantized"] or quantized
-        floating = floating if quantized else checkpoint
-        extras |= {name: finished.folder / name for name in record["extras"]}
-        places[named.name] = str(checkpoint)
-        if named.name == recipe.baseline:
-            places["dense"] = str(checkpoint)
-
+    ran = _run_stages(recipe, task, room, say)
     final = room / "final"
-    shutil.rmtree(final, ignore_errors=True)
-    shutil.copytree(checkpoint, final)
-    for name, folder in extras.items():
-        shutil.copytree(folder, final / name)
-    work = _work(recipe, task, final, room / "evaluation", places, quantized)
-    opens = _fits(final, recipe.model)
-    if opens and not (final / EXPECTATION).exists():  # a stage that only wrote to disk had no model in memory to ask
-        write_expectation(work.model, final)
-    if "onnx" in extras:
-        write_onnx_expectation(final)
-    copy_texts(recipe.model, licence, final)
-    write_hashes(final)
+    opens = _assemble(ran, recipe, task, licence, final)
     facts: dict[str, Any] = {
         "name": recipe.name,
         "command": command,
@@ -173,11 +111,11 @@ def compress(
         "task": task,
         "base_model": recipe.model.id,
         "base_revision": getattr(config, "_commit_hash", None) or recipe.model.revision,
-        "source_bytes": sum(file.stat().st_size for file in files) or None,
+        "source_bytes": sum(file.stat().st_size for file in weight_files(recipe.model)) or None,
         "datasets": [recipe.data.id] if recipe.data else [],
-        "stages": records,
+        "stages": ran.records,
         "files": model_files(final),
-        "blocks": _blocks(final, floating, task, records),
+        "blocks": _blocks(final, ran.floating, task, ran.records),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine_facts(),
         "versions": versions(),
@@ -187,7 +125,7 @@ def compress(
     if recipe.evaluate is not None and opens:
         say("measuring")
         facts["evaluation"] = evaluate(
-            final, places["dense"], spec=recipe.evaluate, data=recipe.data, task=task, seed=recipe.seed
+            final, ran.places["dense"], spec=recipe.evaluate, data=recipe.data, task=task, seed=recipe.seed
         )
     if opens:
         say("verifying in a fresh process")
@@ -203,10 +141,103 @@ def compress(
     if recipe.publish is None:
         shutil.rmtree(room)
         return Result(output, facts)
-    write_whole(unpublished, _digest(_without_publish(recipe)))
+    write_whole(unpublished, digest(_without_publish(recipe)))
     for folder in (path for path in room.iterdir() if path != unpublished):
         shutil.rmtree(folder)
     return _published(recipe.publish, output, unpublished, say, check=False)  # it was verified a moment ago
+
+
+@dataclass
+class _Ran:
+    """What the stages so far came to.
+
+    checkpoint: of the last one; floating: of the last one before the weights were packed. places: as `Work.stages`.
+    records: a stage's name, kind, seconds, facts and coverage. extras: folders to lie beside the final checkpoint.
+    quantized, scales: as in `Work`.
+    """
+
+    checkpoint: Path
+    floating: Path
+    places: dict[str, str]
+    records: list[dict[str, Any]] = field(default_factory=list)
+    extras: dict[str, Path] = field(default_factory=dict)
+    quantized: str = ""
+    scales: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, named: NamedStage, finished: Finished, *, baseline: str) -> None:
+        record = finished.record
+        self.records.append(record)
+        self.checkpoint, self.scales = finished.checkpoint, finished.scales
+        self.quantized = record["quantized"] or self.quantized
+        if not self.quantized:
+            self.floating = self.checkpoint
+        self.extras |= {name: finished.folder / name for name in record["extras"]}
+        self.places |= dict.fromkeys(
+            [named.name, *(["dense"] if named.name == baseline else [])], str(self.checkpoint)
+        )
+
+
+def _run_stages(recipe: Recipe, task: str, room: Path, say: Callable[[str], None]) -> _Ran:
+    """Every stage that did not finish before, each on what the one before it left; its result is on disk before the
+    next begins, and in memory where it can stay."""
+    start = _read_source(recipe, room, say)
+    ran = _Ran(start, start, {"source": str(start), "dense": str(start)})
+    model: PreTrainedModel | None = None
+    for index, named in enumerate(recipe.stages):
+        finished = Finished.stage(room, recipe, index)
+        if finished.done:
+            say(f"{named.name}: done before")
+            model = None
+        else:
+            say(f"{named.name} ({named.kind})")
+            work = _work(recipe, task, ran, finished.running)
+            work.say, work.scales = say, ran.scales
+            if model is not None:
+                work.__dict__["model"] = model
+            started = time.time()
+            done = named.stage.run(work)
+            record = {
+                "name": named.name,
+                "kind": named.kind,
+                "seconds": round(time.time() - started, 1),
+                "facts": done.facts,
+                "coverage": done.coverage.as_facts() if done.coverage else None,
+                "quantized": done.quantized,
+                "extras": sorted(done.extras),
+            }
+            finished.save(done, work.tokenizer, record)
+            model = done.model
+        ran.add(named, finished, baseline=recipe.baseline)
+    return ran
+
+
+def _read_source(recipe: Recipe, room: Path, say: Callable[[str], None]) -> Path:
+    """The checkpoint that the first stage starts from: where the model lies, for a stage that streams it from there,
+    else a copy as plain safetensors."""
+    files, source = weight_files(recipe.model), Finished.stage(room, recipe, -1)
+    if recipe.stages and getattr(recipe.stages[0].stage, "streaming", False) and _plain(recipe.model, files):
+        return files[0].parent
+    if not source.done:
+        say("reading the model")
+        model, tokenizer = load_model(recipe.model, seed=recipe.seed)
+        source.save(Done(model), tokenizer, {"kind": "source", "seconds": 0.0})
+    return source.checkpoint
+
+
+def _assemble(ran: _Ran, recipe: Recipe, task: str, licence: dict[str, Any] | None, final: Path) -> bool:
+    """Copy all that ships into `final`, with what `verify` will look for; whether the model fits in memory here."""
+    shutil.rmtree(final, ignore_errors=True)
+    shutil.copytree(ran.checkpoint, final)
+    for name, folder in ran.extras.items():
+        shutil.copytree(folder, final / name)
+    opens = _fits(final, recipe.model)
+    if opens and not (final / EXPECTATION).exists():  # a stage that only wrote to disk had no model in memory to ask
+        write_expectation(load_model(_source(recipe, task, final), seed=recipe.seed)[0], final)
+    if "onnx" in ran.extras:
+        write_onnx_expectation(final)
+    copy_texts(recipe.model, licence, final)
+    write_hashes(final)
+    return opens
 
 
 def _published(
@@ -247,11 +278,7 @@ def _without_publish(recipe: Recipe) -> dict[str, Any]:
 
 
 def _made_by(recipe: Recipe, unpublished: Path) -> bool:
-    return unpublished.is_file() and unpublished.read_text() == _digest(_without_publish(recipe))
-
-
-def _digest(known: Any) -> str:
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    return unpublished.is_file() and unpublished.read_text() == digest(_without_publish(recipe))
 
 
 def _blocks(final: Path, floating: Path, task: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -282,12 +309,15 @@ def _fits(folder: Path, source: ModelSource) -> bool:
     return source.device_map is not None or need < 0.9 * psutil.virtual_memory().available
 
 
-def _work(recipe: Recipe, task: str, checkpoint: Path, folder: Path, places: dict[str, str], quantized: str) -> Work:
-    source = ModelSource(id=str(checkpoint), task=task, device_map=recipe.model.device_map)
-    tokenizer = None
-    if (checkpoint / "tokenizer_config.json").exists():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    return Work(source, task, tokenizer, recipe.data, folder, places, recipe.seed, quantized)
+def _source(recipe: Recipe, task: str, checkpoint: Path) -> ModelSource:
+    return ModelSource(id=str(checkpoint), task=task, device_map=recipe.model.device_map)
+
+
+def _work(recipe: Recipe, task: str, ran: _Ran, folder: Path) -> Work:
+    source, tokenizer = _source(recipe, task, ran.checkpoint), None
+    if (ran.checkpoint / "tokenizer_config.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(ran.checkpoint)
+    return Work(source, task, tokenizer, recipe.data, folder, ran.places, recipe.seed, ran.quantized)
 
 
 def _container(recipe: Recipe) -> dict[str, str] | None:
@@ -296,72 +326,3 @@ def _container(recipe: Recipe) -> dict[str, str] | None:
             entry = backends.entry(named.stage.backend)  # type: ignore[attr-defined]
             return {"name": entry.name} | {k: v for k, v in entry.traits.items() if isinstance(v, str)}
     return None
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """Where one stage's result lies: ``<number>-<name>-<fingerprint of the recipe up to here>/``, with ``checkpoint``
-    (the answers of the model in memory that was saved beside it, in ``verify``), ``record.json``, and
-    ``scales.safetensors`` where QAT trained a grid."""
-
-    folder: Path
-
-    @staticmethod
-    def stage(room: Path, recipe: Recipe, index: int) -> _Finished:
-        named: list[NamedStage] = recipe.stages[: index + 1]
-        known = [
-            recipe.raw["model"],
-            recipe.seed,
-            recipe.raw.get("data") if index >= 0 else None,
-            recipe.raw["stages"][: index + 1],
-            recipe.baseline if recipe.baseline in {s.name for s in named} else "source",
-        ]
-        digest = _digest(known)[:12]
-        return _Finished(room / f"{index + 1}-{named[-1].name if named else 'source'}-{digest}")
-
-    @property
-    def running(self) -> Path:
-        """Scratch of the stage while it runs; survives an interruption."""
-        path = self.folder.with_name(self.folder.name + ".running")
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-
-    @property
-    def done(self) -> bool:
-        return self.folder.exists()
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint"
-
-    @property
-    def record(self) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads((self.folder / "record.json").read_text())
-        return record
-
-    @property
-    def scales(self) -> dict[str, Tensor]:
-        file = self.folder / "scales.safetensors"
-        return load_file(file) if file.exists() else {}
-
-    def save(self, done: Done, tokenizer: Any, record: dict[str, Any]) -> None:
-        running = self.running
-        made = running / "result"
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-        if done.saved is not None:
-            done.saved.rename(made / "checkpoint")
-        elif done.model is not None:
-            done.model.save_pretrained(made / "checkpoint")
-            write_expectation(done.model, made / "checkpoint")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(made / "checkpoint")
-        for name, folder in done.extras.items():
-            folder.rename(made / name)
-        if done.scales:
-            save_file(
-                {name: scale.cpu().contiguous() for name, scale in done.scales.items()}, made / "scales.safetensors"
-            )
-        save_facts(record, made / "record.json")
-        made.rename(self.folder)
-        shutil.rmtree(running)

@@ -37,6 +37,8 @@ def test_the_module_runs_as_the_command_does(module: str) -> None:
     [("losses", "forward_kl"), ("criteria", "wanda"), ("backends", "bitsandbytes"), ("families", "deepseek_v3")]
     + [
         ("solvers", "rtn"),
+        ("solvers", "epochs (0)"),
+        ("backends", "double_quant"),
         ("criteria", "[H^-1]_jj"),
         ("prune", "budget"),
         ("data", "completion_only"),

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_compress import pipeline
 from hf_compress.card import render_card, without_folders
 from hf_compress.errors import CompressError
+from hf_compress.finished import Finished
 from hf_compress.oneshot.precision import bfloat16_is_fast
 from hf_compress.pipeline import compress, measure_again
 from hf_compress.planning import plan
@@ -228,7 +229,7 @@ def test_dropout_is_set_for_the_stage_alone(
     classifier: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[set[float]] = []
-    train, save = CompressionTrainer.train, pipeline._Finished.save
+    train, save = CompressionTrainer.train, Finished.save
 
     def of(model: Any) -> set[float]:
         return {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
@@ -242,7 +243,7 @@ def test_dropout_is_set_for_the_stage_alone(
         save(self, done, *rest)
 
     monkeypatch.setattr(CompressionTrainer, "train", watch_train)
-    monkeypatch.setattr(pipeline._Finished, "save", watch_save)
+    monkeypatch.setattr(Finished, "save", watch_save)
     classifier["stages"], classifier["evaluate"] = classifier["stages"][:1], None
     classifier["stages"][0]["train"]["dropout"] = 0.0
     compress(parse(classifier), tmp_path / "out")

@@ -76,9 +76,15 @@ OF_A_RECIPE = ("overrides", "budget", "smooth", "eora", "streaming", "samples", 
 """Keys of the stage that `quantize` does not take: they need the recipe's data, or its files."""
 
 
+def options_of(backend: str) -> dict[str, Any]:
+    """What a recipe's `options` may say of the backend: name -> default."""
+    given = inspect.signature(backends[backend]).parameters.values()
+    return {option.name: option.default for option in given if option.name not in GIVEN}
+
+
 def check_options(backend: str, options: Mapping[str, Any], *, where: str) -> None:
     """Raise a CompressError for an option that the backend lacks (did you mean), or of another type."""
-    known = set(inspect.signature(backends[backend]).parameters) - set(GIVEN)
+    known = options_of(backend)
     hints = get_type_hints(backends[backend])
     for option, value in options.items():
         if option not in known:

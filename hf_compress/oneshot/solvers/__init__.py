@@ -69,10 +69,15 @@ ASKED = ("grid", "grids", "sparsity", "pattern", "group", "sparsities", "criteri
 """Arguments of solvers that stages and `prune` have fields of their own for."""
 
 
+def options_of(name: str) -> dict[str, Any]:
+    """What a recipe's `solver_options` may say: name -> default."""
+    return {o.name: o.default for o in signature(solvers[name]).parameters.values() if o.name not in ASKED}
+
+
 def check_solver_options(name: str, given: Mapping[str, Any], *, where: str) -> None:
     """Raise a CompressError for an option that the solver lacks (did you mean), or of another type."""
     hints = get_type_hints(solvers[name])
-    known = [option for option in signature(solvers[name]).parameters if option not in ASKED]
+    known = list(options_of(name))
     for option, value in given.items():
         if option not in known:
             raise CompressError(

@@ -1,0 +1,71 @@
+"""What can be named in a recipe: each registry's entries, and the keys of each section."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hf_compress.backends import backends
+from hf_compress.backends import options_of as backend_options
+from hf_compress.criteria import criteria
+from hf_compress.data import Data
+from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.evaluation import Evaluate
+from hf_compress.families import families
+from hf_compress.hub import Publish
+from hf_compress.losses import losses
+from hf_compress.oneshot.solvers import options_of as solver_options
+from hf_compress.oneshot.solvers import solvers
+from hf_compress.recipe import shipped
+from hf_compress.registry import Registry
+from hf_compress.source import ModelSource
+from hf_compress.stages import STAGES
+from hf_compress.techniques.distillation import Distillation
+from hf_compress.techniques.pruning import Pruning
+from hf_compress.techniques.qat import QAT
+
+OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {"backends": backend_options, "solvers": solver_options}
+
+
+def listing(what: str) -> list[tuple[str, str, str]]:
+    """Rows of ``hf-compress list``; the README prints them too."""
+    registries: dict[str, Registry[Any]] = {
+        "losses": losses,
+        "criteria": criteria,
+        "backends": backends,
+        "families": families,
+        "solvers": solvers,
+    }
+    if what in registries:
+        return [(entry.name, entry.summary + _options(what, entry.name), entry.paper) for entry in registries[what]]
+    if what == "recipes":
+        return [(name, path.read_text().splitlines()[0].lstrip("# "), "") for name, path in shipped().items()]
+    if what == "techniques":
+        found = (Distillation, Pruning, QAT)
+        return [(kind.__name__, (sys.modules[kind.__module__].__doc__ or "").strip(), "") for kind in found]
+    if what == "stages":
+        return [
+            (name, " ".join((sys.modules[kind.__module__].__doc__ or "").split()), "") for name, kind in STAGES.items()
+        ]
+    sections: dict[str, Any] = STAGES | {"model": ModelSource, "data": Data, "evaluate": Evaluate, "publish": Publish}
+    sections |= {"distill": Distillation, "prune-in-training": Pruning, "qat": QAT}
+    if what in sections:
+        return [(f.name, f.metadata.get("help", ""), _default(f)) for f in dataclasses.fields(sections[what])]
+    raise CompressError(
+        f"nothing to list called {what!r}",
+        next_step=did_you_mean(what, [*registries, "recipes", "stages", "techniques", *sections]),
+    )
+
+
+def _options(what: str, name: str) -> str:
+    defaults = OPTIONS[what](name) if what in OPTIONS else {}
+    return f"; options: {', '.join(f'{key} ({value})' for key, value in defaults.items())}" if defaults else ""
+
+
+def _default(field: dataclasses.Field[object]) -> str:
+    """A recipe key's default as one writes it."""
+    if field.default_factory is not dataclasses.MISSING:
+        return str(field.default_factory())
+    return "needed" if field.default is dataclasses.MISSING else str(field.default)
