@@ -37,7 +37,7 @@ def test_the_module_runs_as_the_command_does(module: str) -> None:
     [("losses", "forward_kl"), ("criteria", "wanda"), ("backends", "bitsandbytes"), ("families", "deepseek_v3")]
     + [
         ("solvers", "rtn"),
-        ("solvers", "epochs (0)"),
+        ("solvers", "act_order (True)"),
         ("backends", "double_quant"),
         ("criteria", "[H^-1]_jj"),
         ("prune", "budget"),
