@@ -83,7 +83,9 @@ ARMS: dict[str, Any] = {
     "+ router_kl": _with(router_kl=0.1),
     "+ expert_usage": _with(expert_usage=0.1),
     "+ relations + hidden_cosine": _with(relations=0.5, hidden_cosine=0.5),
-    "+ both, without labels": _with(relations=0.5, hidden_cosine=0.5) | {"task_weight": 0.0, "weight": 1.0},
+    "+ fsp + hidden_l2": _with(fsp=0.5, hidden_l2=0.5),
+    "+ relations + hidden_cosine, without labels": _with(relations=0.5, hidden_cosine=0.5)
+    | {"task_weight": 0.0, "weight": 1.0},
     "staged: relations and hidden_cosine, then forward_kl": [
         _with(relations=1.0, hidden_cosine=1.0) | {"task_weight": 0.0, "weight": 0.0},
         HALF,
