@@ -64,6 +64,25 @@ def test_teachers_of_other_heads_labels_and_tokens_are_refused(tmp_path: Path) -
             trainer(student, tmp_path, [Distillation(teacher)])
 
 
+def test_a_teacher_without_the_weights_of_its_head_is_refused(tmp_path: Path) -> None:
+    """transformers makes them at random with a warning, and the student would learn noise."""
+    body = tiny("bert").bert
+    body.save_pretrained(tmp_path / "body")
+    with pytest.raises(CompressError, match=r"lacks weights of a BertForSequenceClassification: classifier\.bias"):
+        trainer(tiny("bert"), tmp_path, [Distillation(str(tmp_path / "body"))])
+
+
+def test_a_teacher_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    tiny("llama").config.save_pretrained(tmp_path / "config")
+    tiny("bert").config.save_pretrained(tmp_path / "bert")
+    for name in ("empty", "config", "bert"):
+        with pytest.raises(
+            CompressError, match=f"cannot read the teacher: [^\n]*\n  where: .*{name}'\n  next: a folder"
+        ):
+            trainer(tiny("llama"), tmp_path, [Distillation(str(tmp_path / name))])
+
+
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     teacher = saved(tmp_path / "teacher")
     save_tokenizer(tmp_path / "teacher", ["[PAD]", "[UNK]", "[EOS]", "other", "words"])
