@@ -107,7 +107,7 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(
             path, revision=source.revision or "main", trust_remote_code=False, **_gguf(source)
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if isinstance(error.__cause__, GatedRepoError):
             raise CompressError(
                 "the model is gated: its owner gives access to those who ask",
