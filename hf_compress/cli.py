@@ -235,7 +235,7 @@ def cache_teacher(
     from hf_compress.data import prepare
     from hf_compress.errors import CompressError
     from hf_compress.recipe import load
-    from hf_compress.source import load_tokenizer
+    from hf_compress.source import load_tokenizer, read_config
     from hf_compress.teacher_cache import bytes_of, cache_teacher
 
     loaded = load(recipe, set_)
@@ -246,10 +246,24 @@ def cache_teacher(
             where="cache-teacher",
             next_step="add a `data:` section" if loaded.data is None else "--part 0/4 to --part 3/4",
         )
-    source = loaded.model if teacher is None else replace(loaded.model, id=teacher, config=None, tokenizer=None)
-    tokenizer = load_tokenizer(source)
+    source = loaded.model
+    if teacher is not None:  # the rest of `model:` is about another repository
+        source = replace(source, id=teacher, config=None, tokenizer=None, revision=None, gguf_file=None)
+    read_config(source)
+    students, its_own = load_tokenizer(loaded.model), load_tokenizer(source)
+    tokenizer = students or its_own
     if tokenizer is None:
-        raise CompressError("the teacher has no tokenizer", where="cache-teacher", next_step="set model.tokenizer")
+        raise CompressError(
+            "neither the recipe's model nor the teacher has a tokenizer",
+            where="cache-teacher",
+            next_step="set model.tokenizer",
+        )
+    if its_own is not None and its_own.get_vocab() != tokenizer.get_vocab():
+        raise CompressError(
+            "the teacher has another tokenizer than the recipe's model, which could not learn from its answers",
+            where=f"--teacher {teacher}",
+            next_step="use a teacher of the same tokenizer",
+        )
     cache_teacher(
         source,
         prepare(loaded.data, tokenizer, task="causal-lm"),
@@ -260,6 +274,7 @@ def cache_teacher(
         temperature=temperature,
         seed=loaded.seed,
         part=(int(numbers[0]), int(numbers[1])),
+        vocabulary=read_config(loaded.model).get_text_config().vocab_size,
         say=lambda text: console.print(f"[bold]> {text}[/bold]"),
     )
     console.print(f"{bytes_of(output) / 1e6:.1f} MB: distill: {{teacher_cache: {output}, temperature: {temperature}}}")

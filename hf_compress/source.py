@@ -74,6 +74,11 @@ def local_path(uri: str) -> str:
     return str(path)
 
 
+def is_missing_folder(path: str) -> bool:
+    """Whether it cannot be a Hub id, and nothing is there."""
+    return not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1)
+
+
 def read_config(source: ModelSource) -> PreTrainedConfig:
     """The model's config, no weights read.
 
@@ -96,13 +101,13 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
         return AutoConfig.for_model(**copy.deepcopy(source.config))
     assert source.id is not None
     path = local_path(source.id)
-    if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+    if is_missing_folder(path):
         raise CompressError("no such folder", where=f"model.id {source.id!r}", next_step="check the path")
     try:
         return AutoConfig.from_pretrained(
             path, revision=source.revision or "main", trust_remote_code=False, **_gguf(source)
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if isinstance(error.__cause__, GatedRepoError):
             raise CompressError(
                 "the model is gated: its owner gives access to those who ask",

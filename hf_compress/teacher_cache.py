@@ -37,6 +37,7 @@ def cache_teacher(
     temperature: float = 2.0,
     seed: int = 0,
     part: tuple[int, int] = (0, 1),
+    vocabulary: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write the answers of the teacher at `source` to every row of the training set, in shards of 256 rows.
@@ -44,17 +45,19 @@ def cache_teacher(
     kind: ``samples``, draws from softmax(logits / temperature), unbiased; or ``topk``, the likeliest classes and
     their log-probabilities. samples: how many of either at each position; about 12 suffice. part: (i, n) makes every
     n-th shard from the i-th, for n processes at once. Shards that exist are not made again, so an interrupted
-    command goes on; one is the same whoever makes it.
+    command goes on; one is the same whoever makes it. vocabulary: the student's; of padded vocabularies only what both
+    have is kept.
 
     Raises:
         CompressError: the folder holds another cache; not a causal language model; streamed rows; the teacher's
         logits are not finite.
     """
-    if kind not in ("samples", "topk") or samples < 1 or not 0 <= part[0] < part[1]:
+    if kind not in ("samples", "topk") or samples < 1 or not temperature > 0 or not 0 <= part[0] < part[1]:
         raise CompressError(
-            f"kind {kind!r}, {samples} samples, part {part[0]}/{part[1]}",
+            f"kind {kind!r}, {samples} samples, temperature {temperature}, part {part[0]}/{part[1]}",
             where="cache-teacher",
-            next_step="kind is samples or topk, samples at least 1, a part counts from 0: 0/4 to 3/4",
+            next_step="kind is samples or topk, samples at least 1, temperature above 0, a part counts from 0: 0/4 to "
+            "3/4",
         )
     rows = prepared.train
     if not isinstance(rows, Dataset):
@@ -71,7 +74,8 @@ def cache_teacher(
             next_step="train with the teacher in memory: distill.teacher_model",
         )
     files = weight_files(source)
-    vocabulary = int(model.config.get_text_config().vocab_size)
+    its_own = int(model.config.get_text_config().vocab_size)
+    vocabulary = its_own if vocabulary is None else min(vocabulary, its_own)
     shards = -(-len(rows) // ROWS)
     facts = {
         "teacher": source.id,
@@ -124,7 +128,7 @@ def _answers(
 def _summary(teacher: Any, rows: Tensor, facts: dict[str, Any], made: torch.Generator) -> tuple[Tensor, Tensor]:
     """(rows, n) ids; entropy (rows,) of samples, or log-probabilities (rows, n) of the top k."""
     teacher.chunk(rows)
-    logits = teacher.shape(teacher.outputs(rows).float())
+    logits = teacher.shape(teacher.outputs(rows).float())[:, : facts["vocabulary"]]
     if not torch.isfinite(logits).all():
         raise CompressError(
             "the teacher's logits are not finite", where=str(facts["teacher"]), next_step="check the teacher's dtype"

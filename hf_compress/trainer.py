@@ -89,6 +89,7 @@ class CompressionTrainer(PublishingTrainer):
         self._logged: dict[str, Tensor] = {}
         self._logged_steps = 0
         self._eval_logged: dict[str, list[Tensor]] = defaultdict(list)
+        self._evaluated = "eval"
         self._head = head_of(base_of(model))
         if peft_config is not None:
             from peft import get_peft_model
@@ -193,6 +194,13 @@ class CompressionTrainer(PublishingTrainer):
             loss = terms["task"].detach() * factor
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
 
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kw: Any) -> Any:
+        self._evaluated = metric_key_prefix  # of a dict of datasets each has its own
+        self._eval_logged.clear()
+        for technique in self.techniques:
+            technique.measures()  # what predict(), which logs nothing, or an evaluation that failed left behind
+        return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kw)
+
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kw: Any) -> Any:
         self._logits_wanted = not prediction_loss_only
         try:
@@ -208,13 +216,16 @@ class CompressionTrainer(PublishingTrainer):
                 for name, value in sorted(self._logged.items())
             }
             self._logged = {}
-        if "eval_loss" in logs:
-            logs |= {f"eval_{name}": float(torch.stack(values).mean()) for name, values in self._eval_logged.items()}
+        if f"{self._evaluated}_loss" in logs:
+            logs |= {
+                f"{self._evaluated}_{name}": float(torch.stack(values).mean())
+                for name, values in self._eval_logged.items()
+            }
             self._eval_logged.clear()
             for technique in self.techniques:
                 for name, pair in technique.measures().items():
                     both = self.accelerator.reduce(torch.stack(pair).to(self.args.device), "sum")
-                    logs[f"eval_{name}"] = float(both[0] / both[1].clamp_min(1))
+                    logs[f"{self._evaluated}_{name}"] = float(both[0] / both[1].clamp_min(1))
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

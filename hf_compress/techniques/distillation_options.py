@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.errors import CompressError
 from hf_compress.heads import head_of
 from hf_compress.losses import losses
+from hf_compress.source import is_missing_folder
 from hf_compress.techniques.features import check_features
 from hf_compress.techniques.ramp import RAMPS
-from hf_compress.techniques.teacher import OPTIONS
+from hf_compress.techniques.teacher import BASE, OPTIONS
 
 if TYPE_CHECKING:
     from hf_compress.techniques.distillation import Distillation
 
 
 def check_options(given: Distillation) -> None:
-    """Raise a CompressError for what cannot work whatever the models: no teacher or too many, losses of another kind,
-    numbers out of range."""
+    """Raise a CompressError for what cannot work whatever the models: values of another type, no teacher or too many,
+    losses of another kind, numbers out of range, options that nothing would use."""
+    _check_types(given)
     if given.teacher_cache is not None:
         _check_cached(given)
     elif bool(given.teachers) == (given.teacher_model is not None):
@@ -43,7 +48,12 @@ def check_options(given: Distillation) -> None:
                 next_step="allowed: " + ", ".join(OPTIONS),
             )
     weights = given.teacher_weights
+    named = [] if given.teacher_cache is not None else [*given.teachers, given.teacher_model]
+    read = [name for name in named if isinstance(name, str) and name != BASE]
     wrong = {
+        "weight": (f"{given.weight} is negative", not given.weight >= 0),
+        "weight_end": (f"{given.weight_end} is negative", given.weight_end is not None and not given.weight_end >= 0),
+        "layer_map": ("is about features, and there are none", given.layer_map is not None and not given.features),
         "temperature": (f"{given.temperature} is not positive", not given.temperature > 0),
         "weight_schedule": (
             f"{given.weight_schedule!r} is not one of {', '.join(RAMPS)}",
@@ -54,13 +64,16 @@ def check_options(given: Distillation) -> None:
         "beta": (f"{given.beta} is not between 0 and 1", not 0 <= given.beta <= 1),
         "alpha": (f"{given.alpha} is not in [0, 1)", not 0 <= given.alpha < 1),
         "teacher_bits": (
-            f"bitsandbytes has 8 and 4, not {given.teacher_bits}",
-            given.teacher_bits not in (None, 4, 8),
+            "is for a teacher that is read here: not for a cache, a loaded model or `base`"
+            if not read
+            else f"bitsandbytes has 8 and 4, not {given.teacher_bits}",
+            given.teacher_bits is not None and (not read or given.teacher_bits not in (4, 8)),
         ),
         "chunk_size": (
             f"{given.chunk_size} is no number of positions",
             given.chunk_size is not None and given.chunk_size < 1,
         ),
+        "chunked": ("is false, so chunk_size would do nothing", given.chunk_size is not None and not given.chunked),
         "teacher_weights": (
             f"{weights} are not one positive number for each of {len(given.teachers)} teachers",
             bool(weights) and (len(weights) != len(given.teachers) or min(weights) <= 0),
@@ -69,6 +82,26 @@ def check_options(given: Distillation) -> None:
     for name, (what, is_so) in wrong.items():
         if is_so:
             raise CompressError(f"{name} {what}", where=f"distill.{name}")
+    for name in read:
+        if is_missing_folder(name):
+            raise CompressError("no such folder", where=f"distill.teacher_model {name!r}", next_step="check the path")
+
+
+def _check_types(given: Distillation) -> None:
+    """Annotations bind nobody in a script, and what they would have caught fails deep inside, or means another
+    thing."""
+    hints = get_type_hints(type(given))
+    for name in (field.name for field in fields(given)):
+        kind, value = hints[name], getattr(given, name)
+        if name == "teachers" and isinstance(value, list):
+            value = [None if isinstance(teacher, nn.Module) else teacher for teacher in value]
+            kind = list[str | None]
+        if name == "teacher_model" and isinstance(value, nn.Module):
+            continue
+        try:
+            TypeAdapter(kind).validate_python(list(value) if isinstance(value, tuple) else value, strict=True)
+        except ValidationError as error:
+            raise CompressError(f"{error.errors()[0]['msg']} (got {value!r})", where=f"distill.{name}") from error
 
 
 def check_student(given: Distillation, student: PreTrainedModel) -> None:

@@ -126,7 +126,10 @@ def check_features(given: Mapping[str, Any]) -> None:
             if key not in known:
                 raise CompressError(f"unknown option {key!r}", where=where, next_step="known: " + ", ".join(known))
         for key in ("weight", "weight_end"):
-            if not isinstance(chosen.get(key, 1.0), int | float):
+            if not isinstance(chosen.get(key, 1.0), int | float) or not chosen.get(key, 1.0) >= 0:
                 raise CompressError(
                     f"{chosen[key]!r} is no weight", where=where, next_step=f"features: {{{name}: 0.5}}"
                 )
+        for key in traits.get("options", ()):
+            if type(chosen.get(key, 1)) is not int or chosen.get(key, 1) < 1:
+                raise CompressError(f"{chosen[key]!r} is no whole number above 0", where=f"{where}.{key}")

@@ -106,8 +106,11 @@ class Cache:
         manifest = self.folder / MANIFEST
         if not manifest.exists():
             raise self._error(f"no teacher cache here ({MANIFEST} is missing)", "hf-compress cache-teacher writes one")
-        self.facts: dict[str, Any] = json.loads(manifest.read_text())
-        files = [self.folder / f"{index:05d}.parquet" for index in range(self.facts["shards"])]
+        try:
+            self.facts: dict[str, Any] = json.loads(manifest.read_text())
+            files = [self.folder / f"{index:05d}.parquet" for index in range(self.facts["shards"])]
+        except (ValueError, KeyError) as error:
+            raise self._error(f"{MANIFEST} is damaged", "remove this folder and make the cache anew") from error
         for file in files:
             note = file.with_suffix(".json")
             if not file.exists() or not note.exists():

@@ -35,17 +35,27 @@ def load_teacher(given: Any, student: nn.Module, *, init: dict[str, Any], bits: 
     """The teacher, in eval mode, its parameters frozen. given: a name or path, ``base``, or a model.
 
     Raises:
-        CompressError: `base` without adapters; a head that answers another question than the student's.
+        CompressError: `base` without adapters; a folder or repository that holds no such model, or only part of its
+        weights; a head that answers another question than the student's.
     """
     if given == BASE:
         if not hasattr(student, "disable_adapter"):
             raise CompressError(
                 "`base` is the model under a LoRA student, and this student has no adapters",
                 where="distill.teacher_model",
+                next_step="peft_config=LoraConfig(...), `lora: {r: 16}` in a recipe, or name another teacher",
             )
         return student
     if isinstance(given, str):
-        teacher: nn.Module = _read(given, head_of(base_of(student)), init, bits)
+        try:
+            teacher: nn.Module = _read(given, head_of(base_of(student)), init, bits)
+        except (OSError, ValueError) as error:
+            raise CompressError(
+                f"cannot read the teacher: {str(error).splitlines()[0]}",
+                where=f"distill.teacher_model {given!r}",
+                next_step="a folder or Hub id of a model with the student's kind of head, in safetensors; `dense` and "
+                "stages are known inside a recipe only",
+            ) from error
         disable_cpu_packing(teacher)
     else:
         teacher = given
@@ -71,7 +81,16 @@ def _read(name: str, kind: str, init: dict[str, Any], bits: int | None) -> Any:
             dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # "auto" is no dtype
             packing = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         options["quantization_config"] = BitsAndBytesConfig(llm_int8_skip_modules=sorted({*heads, *keep}), **packing)
-    return auto.from_pretrained(name, **options, use_safetensors=True, trust_remote_code=False)
+    teacher, info = auto.from_pretrained(
+        name, **options, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if info["missing_keys"]:  # made at random, and what they say would be learned
+        raise CompressError(
+            f"the teacher lacks weights of a {type(teacher).__name__}: {', '.join(sorted(info['missing_keys'])[:3])}",
+            where=f"distill.teacher_model {name!r}",
+            next_step="use a teacher with the student's kind of head",
+        )
+    return teacher
 
 
 def _check_head(student: Any, teacher: Any) -> None:
@@ -87,6 +106,7 @@ def _check_head(student: Any, teacher: Any) -> None:
         raise CompressError(
             f"the teacher has {teacher.config.num_labels} labels, the student {student.config.num_labels}",
             where="distill.teacher_model",
+            next_step="use a teacher with the student's labels",
         )
 
 

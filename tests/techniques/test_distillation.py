@@ -50,6 +50,19 @@ def test_each_head_is_distilled_where_and_as_it_predicts(kind: str, tmp_path: Pa
     torch.testing.assert_close(run._eval_logged["distill"][0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_each_evaluated_dataset_has_its_own_measures(tmp_path: Path) -> None:
+    run = trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", seed=1))])
+    first, others = run.eval_dataset.select(range(4)), run.eval_dataset.select(range(4, 16))
+    alone = run.evaluate(first)
+    run.predict(others)  # logs nothing, and must leave nothing behind
+    assert run.evaluate(first)["eval_kl"] == alone["eval_kl"]
+    both = run.evaluate({"a": first, "b": others})
+    for name in ("kl", "agreement", "distill"):
+        assert both[f"eval_a_{name}"] == alone[f"eval_{name}"]
+        assert f"eval_b_{name}" in both
+    assert both["eval_b_kl"] != both["eval_a_kl"]
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_kl_and_agreement_at_evaluation_are_means_over_all_positions(chunked: bool, tmp_path: Path) -> None:
     student, teacher = tiny("llama"), tiny("llama", seed=1)

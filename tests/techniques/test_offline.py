@@ -204,6 +204,13 @@ def test_encoder_decoders_and_classifiers_have_no_cache(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    for text in ('{"teacher": "a', "{}"):
+        (tmp_path / "cache.json").write_text(text)
+        with pytest.raises(CompressError, match=r"cache.json is damaged"):
+            Cache(tmp_path)
+
+
 def test_rows_are_told_apart_by_tokens_and_labels() -> None:
     assert row_key([1, 2, 3], [1, 2, 3]) != row_key([1, 2, 3], [-100, 2, 3])
     assert row_key([1, 2], [1, 2]) != row_key([1, 2, 3], [1, 2, 3])
@@ -226,7 +233,46 @@ def test_command(tmp_path: Path) -> None:
     assert Cache(tmp_path / "cache").facts["samples"] == len(WORDS)
     for wrong in ("4", "a/b", "3/2"):
         assert isinstance(CliRunner().invoke(app, [*common, "--part", wrong]).exception, CompressError)
+    cold = ["cache-teacher", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "cold"), "--temperature", "0"]
+    assert isinstance(CliRunner().invoke(app, cold).exception, CompressError)
+    assert not (tmp_path / "cold").exists()
     done = CliRunner().invoke(app, ["run", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     facts = json.loads((tmp_path / "out" / "hf_compress.json").read_text())["stages"][0]["facts"]
     assert facts["techniques"]["Distillation"]["teacher"] == str(tmp_path / "model")
+
+
+def test_command_writes_what_the_recipe_s_model_can_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows by its tokenizer, of a padded vocabulary its own classes; a teacher of other tokens before any work."""
+    tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    tiny("llama", seed=1, vocab_size=16).save_pretrained(tmp_path / "padded")
+    tiny("llama", seed=1, vocab_size=len(WORDS)).save_pretrained(tmp_path / "other")
+    save_tokenizer(tmp_path / "other", WORDS[:3] + WORDS[:2:-1])
+    (tmp_path / "empty").mkdir()
+    recipe = {
+        "name": "cached",
+        "model": {"id": str(tmp_path / "model"), "revision": "v1"},
+        "data": {"id": str(save_reviews(tmp_path / "r.csv")), "eval_size": 16, "max_length": 16},
+        "stages": [{"train": {"distill": {"teacher_cache": str(tmp_path / "cache")}, "args": {"max_steps": 1}}}],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    common = ["cache-teacher", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "cache"), "--teacher"]
+    for name, message in (("other", "another tokenizer"), ("empty", "cannot read"), ("none", "no such folder")):
+        refused = CliRunner().invoke(app, [*common, str(tmp_path / name)]).exception
+        assert isinstance(refused, CompressError)
+        assert message in str(refused)
+        assert not (tmp_path / "cache").exists()
+    done = CliRunner().invoke(app, [*common, str(tmp_path / "padded")])
+    assert done.exit_code == 0, done.output
+    cache = Cache(tmp_path / "cache")
+    assert cache.facts["vocabulary"] == len(WORDS)
+    assert max(int(row["ids"].max()) for row in cache.rows) < len(WORDS)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    cache.check(temperature=2.0, tokenizer=tokenizer, teacher=None, vocabulary=len(WORDS))
+
+    asked: list[ModelSource] = []
+    monkeypatch.setattr(writer, "cache_teacher", lambda source, *_, **__: asked.append(source))
+    monkeypatch.setattr(writer, "bytes_of", lambda _: 0)
+    assert CliRunner().invoke(app, [*common, str(tmp_path / "padded")]).exit_code == 0
+    assert asked[0].revision is None  # v1 is of another repository

@@ -64,6 +64,25 @@ def test_teachers_of_other_heads_labels_and_tokens_are_refused(tmp_path: Path) -
             trainer(student, tmp_path, [Distillation(teacher)])
 
 
+def test_a_teacher_without_the_weights_of_its_head_is_refused(tmp_path: Path) -> None:
+    """transformers makes them at random with a warning, and the student would learn noise."""
+    body = tiny("bert").bert
+    body.save_pretrained(tmp_path / "body")
+    with pytest.raises(CompressError, match=r"lacks weights of a BertForSequenceClassification: classifier\.bias"):
+        trainer(tiny("bert"), tmp_path, [Distillation(str(tmp_path / "body"))])
+
+
+def test_a_teacher_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    tiny("llama").config.save_pretrained(tmp_path / "config")
+    tiny("bert").config.save_pretrained(tmp_path / "bert")
+    for name in ("empty", "config", "bert"):
+        with pytest.raises(
+            CompressError, match=f"cannot read the teacher: [^\n]*\n  where: .*{name}'\n  next: a folder"
+        ):
+            trainer(tiny("llama"), tmp_path, [Distillation(str(tmp_path / name))])
+
+
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     teacher = saved(tmp_path / "teacher")
     save_tokenizer(tmp_path / "teacher", ["[PAD]", "[UNK]", "[EOS]", "other", "words"])
@@ -106,6 +125,21 @@ def test_padded_vocabularies_share_what_both_have(tmp_path: Path) -> None:
         ({"teacher_model": "a", "loss": "hidden_mse"}, "features"),
         ({"teacher_model": "a", "teacher_model_init_kwargs": {"trust_remote_code": True}}, "trust_remote_code"),
         ({"teacher_model": "base"}, "no adapters"),
+        ({"teacher_model": "base", "teacher_bits": 8}, "not for a cache, a loaded model or `base`"),
+        ({"teacher_model": "/no/such/folder"}, "no such folder"),
+        ({"teacher_model": Path("a")}, "distill.teacher_model"),
+        ({"teachers": "a"}, "valid list"),
+        ({"teacher_model": "a", "temperature": "2"}, "distill.temperature"),
+        ({"teacher_model": "a", "loss": None}, "distill.loss"),
+        ({"teacher_model": "a", "weight": -1.0}, "weight -1.0 is negative"),
+        ({"teacher_model": "a", "weight_end": -1.0}, "weight_end -1.0 is negative"),
+        ({"teacher_model": "a", "chunk_size": 8}, "chunked is false"),
+        ({"teacher_model": "a", "layer_map": [0, 1]}, "layer_map is about features"),
+        ({"teacher_model": "a", "layer_map": [0.5, 1], "features": {"hidden_mse": 1}}, "distill.layer_map"),
+        ({"teacher_model": "a", "features": ["hidden_mse"]}, "distill.features"),
+        ({"teacher_model": "a", "features": {"hidden_mse": -1}}, "-1 is no weight"),
+        ({"teacher_model": "a", "features": {"relations": {"relation_heads": -1}}}, "no whole number above 0"),
+        ({"teacher_model": "a", "features": {"rkd_angle": {"positions": "8"}}}, "no whole number above 0"),
     ],
 )
 def test_options_that_cannot_work_are_named(options: dict[str, object], message: str, tmp_path: Path) -> None:
