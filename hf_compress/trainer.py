@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from hf_compress.bnb_guard import disable_cpu_packing
 from hf_compress.errors import CompressError
 from hf_compress.heads import count as count_items
-from hf_compress.heads import head_of, targets
+from hf_compress.heads import count_labelled, head_of, targets
 from hf_compress.techniques.base import Step, Technique
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.lora import merged
@@ -35,7 +35,9 @@ class CompressionTrainer(PublishingTrainer):
 
     loss = task_weight * task + the sum of the techniques' terms, each a sum over label positions (examples, for a
     classifier) divided by their number in the whole accumulated batch on all ranks: n micro-batches of 1 train as 1
-    of n does. `eval_loss` is the task loss alone.
+    of n does. `eval_loss` is the task loss alone, `eval_<term>` the mean of a term over all evaluated items (where
+    rows do not share out evenly among ranks, accelerate repeats some). The balance that mixtures of experts ask for
+    with `output_router_logits` is a term of its own, `balance`, which sees one micro-batch at a time.
 
     Args:
         techniques: in any order; the order changes nothing.
@@ -170,11 +172,14 @@ class CompressionTrainer(PublishingTrainer):
         step.outputs = outputs
         terms: dict[str, Tensor] = {}
         if not chunked:
-            task = outputs.loss
+            task = outputs.loss if balance is None else outputs.loss - balance
             if not scaled:  # a mean over this micro-batch, of nothing where it holds no labels
-                seen = count_items(self._head, labels)
+                seen = count_labelled(self._head, labels)
                 task = task * seen / num_items_in_batch if seen else outputs.logits.sum() * 0.0
             terms["task"] = weight * task
+        balance = _balance(student, outputs) if self._head == "causal" else None
+        if balance is not None:
+            terms["balance"] = weight * balance * count_items(self._head, labels) / num_items_in_batch
         for technique in self.techniques:
             more = technique.loss_terms(step)
             assert not terms.keys() & more.keys(), f"two loss terms of one name: {terms.keys() & more.keys()}"
@@ -189,10 +194,11 @@ class CompressionTrainer(PublishingTrainer):
         else:
             for name, value in terms.items():
                 if name != "task":
-                    self._eval_logged[name].append(value.detach() * factor)
+                    self._eval_logged[name].append(torch.stack([value.detach() * num_items_in_batch, items]))
             loss = terms["task"].detach() * factor
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
 
+            items = torch.tensor(float(count_items(self._head, labels)), device=labels.device)
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kw: Any) -> Any:
         self._logits_wanted = not prediction_loss_only
         try:
@@ -209,12 +215,13 @@ class CompressionTrainer(PublishingTrainer):
             }
             self._logged = {}
         if "eval_loss" in logs:
-            logs |= {f"eval_{name}": float(torch.stack(values).mean()) for name, values in self._eval_logged.items()}
+            measured = {name: torch.stack(batches).sum(0) for name, batches in self._eval_logged.items()}
             self._eval_logged.clear()
             for technique in self.techniques:
-                for name, pair in technique.measures().items():
-                    both = self.accelerator.reduce(torch.stack(pair).to(self.args.device), "sum")
-                    logs[f"eval_{name}"] = float(both[0] / both[1].clamp_min(1))
+                measured |= {name: torch.stack(pair) for name, pair in technique.measures().items()}
+            for name, pair in measured.items():
+                total, items = self.accelerator.reduce(pair.to(self.args.device), "sum")
+                logs[f"eval_{name}"] = float(total / items.clamp_min(1))
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -281,6 +288,13 @@ class DistillationTrainer(CompressionTrainer):
 
     def __init__(
         self,
+def _balance(student: Any, outputs: Any) -> Tensor | None:
+    """What mixtures of experts that return router logits add to the loss of each micro-batch, whatever its size:
+    how evenly its own tokens use the experts. None of other models."""
+    even = outputs.get("aux_loss")
+    return None if even is None else student.router_aux_loss_coef * even
+
+
         model: nn.Module,
         teacher_model: Any = None,
         *,
