@@ -70,6 +70,12 @@ class CompressionTrainer(PublishingTrainer):
                 where="TrainingArguments",
                 next_step="train on one device or with plain DDP (torchrun), without label smoothing",
             )
+        if others.get("compute_loss_func") is not None:
+            raise CompressError(
+                "the task loss is the model's own, and compute_loss_func would not be called",
+                where="compute_loss_func",
+                next_step="leave it out, or compute that loss in the model's forward",
+            )
         check_arguments(args)
         disable_cpu_packing(model)
         dead = next((name for name, parameter in model.named_parameters() if rounds_inputs(parameter)), None)
@@ -171,15 +177,15 @@ class CompressionTrainer(PublishingTrainer):
             outputs = model(**given, **({"num_items_in_batch": num_items_in_batch} if scaled else {}))
         step.outputs = outputs
         terms: dict[str, Tensor] = {}
+        balance = _balance(student, outputs) if self._head == "causal" else None
+        if balance is not None:
+            terms["balance"] = weight * balance * count_items(self._head, labels) / num_items_in_batch
         if not chunked:
             task = outputs.loss if balance is None else outputs.loss - balance
             if not scaled:  # a mean over this micro-batch, of nothing where it holds no labels
                 seen = count_labelled(self._head, labels)
                 task = task * seen / num_items_in_batch if seen else outputs.logits.sum() * 0.0
             terms["task"] = weight * task
-        balance = _balance(student, outputs) if self._head == "causal" else None
-        if balance is not None:
-            terms["balance"] = weight * balance * count_items(self._head, labels) / num_items_in_batch
         for technique in self.techniques:
             more = technique.loss_terms(step)
             assert not terms.keys() & more.keys(), f"two loss terms of one name: {terms.keys() & more.keys()}"
@@ -192,13 +198,13 @@ class CompressionTrainer(PublishingTrainer):
                 self._logged[name] = self._logged.get(name, 0.0) + value.detach() * factor
             loss = torch.stack([terms[name] for name in sorted(terms)]).sum() * factor
         else:
+            items = torch.tensor(float(count_items(self._head, labels)), device=labels.device)
             for name, value in terms.items():
                 if name != "task":
                     self._eval_logged[name].append(torch.stack([value.detach() * num_items_in_batch, items]))
             loss = terms["task"].detach() * factor
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
 
-            items = torch.tensor(float(count_items(self._head, labels)), device=labels.device)
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kw: Any) -> Any:
         self._logits_wanted = not prediction_loss_only
         try:
@@ -282,12 +288,6 @@ class CompressionTrainer(PublishingTrainer):
         student.load_state_dict(saved.state_dict())
 
 
-class DistillationTrainer(CompressionTrainer):
-    """``DistillationTrainer(student, "org/teacher", temperature=2.0, args=..., train_dataset=...)``; takes
-    every field of `Distillation`."""
-
-    def __init__(
-        self,
 def _balance(student: Any, outputs: Any) -> Tensor | None:
     """What mixtures of experts that return router logits add to the loss of each micro-batch, whatever its size:
     how evenly its own tokens use the experts. None of other models."""
@@ -295,6 +295,12 @@ def _balance(student: Any, outputs: Any) -> Tensor | None:
     return None if even is None else student.router_aux_loss_coef * even
 
 
+class DistillationTrainer(CompressionTrainer):
+    """``DistillationTrainer(student, "org/teacher", temperature=2.0, args=..., train_dataset=...)``; takes
+    every field of `Distillation`."""
+
+    def __init__(
+        self,
         model: nn.Module,
         teacher_model: Any = None,
         *,

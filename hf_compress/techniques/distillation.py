@@ -184,7 +184,15 @@ class Distillation(Technique):
 
     @contextmanager
     def around(self, step: Step) -> Iterator[None]:
+        if self._distribution == "softmax" and step.labels.is_floating_point():
+            raise CompressError(
+                "labels are numbers, each learned on its own, and the student's config says classes",
+                where="problem_type",
+                next_step="set it to multi_label_classification or regression in the configs of student and teacher",
+            )
         inputs = {k: v for k, v in step.inputs.items() if k != "labels"}
+        if step.head in ("causal", "seq2seq"):  # a cache is never read, and with it packed texts see one another
+            inputs["use_cache"] = False
         answers: list[Teacher] = [self._answer(i, inputs, step.chunked) for i in range(len(self._teachers))]
         answers += self._cached(step)
         with ExitStack() as stack:
