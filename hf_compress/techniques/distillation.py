@@ -263,6 +263,12 @@ class Distillation(Technique):
         mask, items_of = _where(step)
         for term in self._terms:
             each_sequence = term(self._captures[0], self._captures[1], mask) * items_of
+            if torch.is_grad_enabled() and not each_sequence.requires_grad:
+                raise CompressError(
+                    "no gradient comes back from where it looks, so it would teach nothing",
+                    where=f"distill.features.{term.name}",
+                    next_step="gradient_checkpointing_kwargs: {use_reentrant: false}, or let those blocks train",
+                )
             terms[term.name] = self._now(term.weight, term.weight_end) * each_sequence.sum() / step.num_items
         if not answered:
             terms.pop("distill", None)
