@@ -67,9 +67,9 @@ class TopK(_Kept):
         log_q = (student / soft.temperature).log_softmax(-1)
         kept, p = log_q.gather(-1, self._ids), self._rest.exp()
         p_tail = (1 - p.sum(-1)).clamp_min(1e-9)
-        q_tail = (1 - kept.exp().sum(-1)).clamp_min(1e-9)
-        value = (p * (self._rest - kept)).sum(-1) + p_tail * (p_tail / q_tail).log()
         q = log_q.exp_()
+        q_tail = q.scatter(-1, self._ids, 0.0).sum(-1).clamp_min(1e-9)  # 1 - sum would lose what a sure student leaves
+        value = (p * (self._rest - kept)).sum(-1) + p_tail * (p_tail / q_tail).log()
         # d value / d logits = q + slope, slope = -p at the k and -p_tail q / q_tail elsewhere
         gradient = q * (1 - p_tail / q_tail).unsqueeze(-1)
         gradient.scatter_(-1, self._ids, kept.exp() - p)

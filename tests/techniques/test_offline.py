@@ -78,6 +78,21 @@ def test_top_k_with_a_tail_has_no_gradient_at_equality_and_the_right_one_elsewhe
     assert cached.learn(teacher.clone(), soft)[1].abs().max() < 1e-5
 
 
+def test_top_k_s_tail_is_exact_for_a_student_that_leaves_little_of_it() -> None:
+    """1 - the sum of what is kept, in fp32, would be mostly rounding."""
+    teacher, student = 2 * torch.randn(20, CLASSES), torch.randn(20, CLASSES)
+    student[:, 0] += torch.linspace(10, 22, 20)
+    teacher[:, 0] += 5
+    logs, ids = teacher.log_softmax(-1).topk(5)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        cached = TopK(ids, logs.to(dtype))
+        cached.chunk(torch.arange(20))
+        cached.block(slice(None))
+        found.append(cached.learn(student.to(dtype), SoftTargets("forward_kl"))[1].double())
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_training_from_many_samples_is_training_from_the_teacher(chunked: bool, teacher: Path, tmp_path: Path) -> None:
     cache = write(teacher, tmp_path / "cache", samples=3000)
