@@ -293,6 +293,12 @@ class Distillation(Technique):
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in self.state().items()}:
+            raise CompressError(
+                "the checkpoint's projections are of other features, layer maps or widths",
+                where="distill.features",
+                next_step="resume with the features that were interrupted",
+            )
         for term in self._terms:
             prefix = f"projection.{term.name}."
             term.projections.load_state_dict(
