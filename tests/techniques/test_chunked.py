@@ -98,6 +98,30 @@ def test_gradients_from_given_outputs_equal_the_naive_ones() -> None:
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_blocks_of_a_chunk_add_up(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed at a time is a matter of a CPU's cache: here 1 or 3 of the rows of a chunk, two teachers."""
+    hidden, labels = torch.randn(1, POSITIONS, WIDTH, requires_grad=True), torch.randint(0, VOCAB, (POSITIONS,))
+    head, first, second = (nn.Linear(WIDTH, VOCAB) for _ in range(3))
+    chosen = torch.tensor([0, 2, 3, 5, 6, 7, 10])
+
+    def both(whole: bool) -> list[Tensor]:
+        taught = [online(Head(one, 0.5, 3.0), hidden.detach(), share) for one, share in ((first, 0.3), (second, 0.7))]
+        objective = Objective(SoftTargets("jsd", 2.0), taught, 0.7, 0.3, labels, measure=True)
+        if whole:
+            outputs = 3 * torch.tanh(head(hidden[0]) / 3)
+            total, sums = FromOutputs.apply(outputs, chosen, objective)
+        else:
+            total, sums = chunked_loss(Head(head, 1.0, 3.0), hidden, chosen, objective, 5)
+        return [total, sums, *torch.autograd.grad(total, [hidden, head.weight, head.bias])]
+
+    expected = both(True)
+    for module in ("chunked", "soft_targets"):
+        monkeypatch.setattr(f"hf_compress.techniques.{module}.BLOCK_BYTES", 4 * VOCAB * rows)
+    for whole in (True, False):
+        torch.testing.assert_close(both(whole), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_nothing_to_learn_gives_zero_and_zero_gradients() -> None:
     hidden, head = torch.randn(1, POSITIONS, WIDTH, requires_grad=True), nn.Linear(WIDTH, VOCAB, bias=False)
     objective = Objective(SoftTargets("forward_kl"), [online(Head(head), hidden.detach())])
