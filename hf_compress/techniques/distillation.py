@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,8 @@ class Distillation(Technique):
 
     distill = weight * sum over predicted positions of T^2 loss(student / T, teacher / T) / num_items; of several
     teachers the weighted mean. A feature's term = its weight * sum over sequences of (mean over mapped blocks of its
-    loss) * items of the sequence / num_items, where items are predicted positions, or 1 for a sequence classifier.
-    Every weight may go to another (`weight_end`) over the run, as `weight_schedule` says.
+    loss, with the first teacher) * items of the sequence / num_items, where items are predicted positions, or 1 for a
+    sequence classifier. Every weight may go to another (`weight_end`) over the run, as `weight_schedule` says.
 
     Names are TRL's where TRL has one. At evaluation `eval_kl` (KL(first teacher || student) at temperature 1) and
     `eval_agreement` (of the likeliest class) are means over all items.
@@ -313,18 +313,12 @@ class Distillation(Technique):
     def facts(self) -> dict[str, Any]:
         given = self._given or [self._cache.facts["teacher"] if self._cache else None]
         teachers = [name if isinstance(name, str) else type(name).__name__ for name in given]
-        return {
+        options = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("teacher")}
+        return options | {
             "teacher": teachers[0] if len(teachers) == 1 else teachers,
-            "loss": self.loss,
-            "temperature": self.temperature,
-            "weight": self.weight,
-            "weight_end": self.weight_end,
-            "taid": self.taid,
-            "lmbda": self.lmbda,
-            "chunked": self.chunked,
+            "teacher_bits": self.teacher_bits,
+            "teacher_weights": self.teacher_weights,
             "teacher_cache": self._cache.facts if self._cache else None,
-            "features": self.features,
-            "layer_map": self.layer_map,
         }
 
 

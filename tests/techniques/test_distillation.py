@@ -1,6 +1,7 @@
 """What Distillation adds to the loss, its teachers' checks, and scripts that use the dataclasses."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,19 @@ def test_a_loss_function_that_would_not_be_called_is_refused(tmp_path: Path) -> 
             args=TrainingArguments(str(tmp_path), use_cpu=True),
             compute_loss_func=lambda *_, **__: None,
         )
+
+
+def test_facts_hold_every_option_that_changes_what_is_learned(tmp_path: Path) -> None:
+    technique = Distillation(tiny("llama", seed=1), loss="jsd", beta=0.3)
+    trainer(tiny("llama"), tmp_path, [technique])
+    facts = json.loads(json.dumps(technique.facts()))
+    assert (facts["teacher"], facts["loss"], facts["beta"]) == ("LlamaForCausalLM", "jsd", 0.3)
+    told = {f.name for f in dataclasses.fields(Distillation)} - {
+        "teacher_model",
+        "teacher_model_init_kwargs",
+        "teachers",
+    }
+    assert told <= facts.keys()
 
 
 def test_predictions_hold_logits_only(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from transformers import BertForTokenClassification, PreTrainedTokenizerFast
 
 from hf_compress.errors import CompressError
 from hf_compress.techniques.distillation import Distillation
+from hf_compress.techniques.soft_targets import Online, SoftTargets
 from tests.models import tiny
 from tests.training import save_tokenizer, trainer
 
@@ -74,6 +75,21 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     technique.attach(run.model)
     with pytest.raises(CompressError, match="different tokenizers"):
         technique.prepare(run)
+
+
+@pytest.mark.parametrize("sizes", [(20, 24), (24, 20)], ids=["teacher wider", "student wider"])
+def test_of_padded_vocabularies_the_common_classes_are_compared(sizes: tuple[int, int]) -> None:
+    student, teacher = (torch.randn(5, size, requires_grad=True) for size in sizes)
+    q, p = (x[:, :20].log_softmax(-1) for x in (student, teacher))
+    expected = (p.exp() * (p - q)).sum(-1)
+    (wanted,) = torch.autograd.grad(expected.sum(), student)
+    online = Online(lambda part: teacher.detach()[part])
+    online.chunk(torch.arange(5))
+    online.block(slice(None))
+    value, gradient = online.learn(student.detach().clone(), SoftTargets("forward_kl"))
+    torch.testing.assert_close((value, gradient), (expected, wanted), atol=1e-6, rtol=1e-5)
+    kl, _ = online.compare(student.detach().log_softmax(-1))
+    torch.testing.assert_close(kl, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_padded_vocabularies_share_what_both_have(tmp_path: Path) -> None:
