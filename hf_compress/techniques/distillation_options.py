@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_compress.errors import CompressError
@@ -28,12 +29,15 @@ def check_options(given: Distillation) -> None:
             where="distill.teacher_model",
             next_step="a folder, a Hub id, or `dense` in a recipe; or a list of them as `teachers`",
         )
-    if losses.entry(given.loss, where="distill.loss").traits["kind"] not in ("logits", "values"):
+    loss = losses.entry(given.loss, where="distill.loss")
+    if loss.traits["kind"] not in ("logits", "values"):
         raise CompressError(
             f"{given.loss!r} is not a logit loss",
             where="distill.loss",
             next_step=f"features: {{{given.loss}: 1.0}}",
         )
+    certain = torch.zeros(1, 1)  # one class: the loss itself says whether its options are in range
+    loss.value(certain, certain.clone(), **{name: getattr(given, name) for name in loss.traits.get("options", ())})
     check_features(given.features)
     for key in given.teacher_model_init_kwargs:
         if key not in OPTIONS:
@@ -51,8 +55,6 @@ def check_options(given: Distillation) -> None:
         ),
         "taid": (f"{given.taid} is not between 0 and 1", given.taid is not None and not 0 <= given.taid <= 1),
         "lmbda": (f"{given.lmbda} is not between 0 and 1", not 0 <= given.lmbda <= 1),
-        "beta": (f"{given.beta} is not between 0 and 1", not 0 <= given.beta <= 1),
-        "alpha": (f"{given.alpha} is not in [0, 1)", not 0 <= given.alpha < 1),
         "teacher_bits": (
             f"bitsandbytes has 8 and 4, not {given.teacher_bits}",
             given.teacher_bits not in (None, 4, 8),

@@ -117,8 +117,8 @@ def test_padded_vocabularies_share_what_both_have(tmp_path: Path) -> None:
         ({"teachers": ["a", "b"], "teacher_weights": [1.0]}, "teacher_weights"),
         ({"teacher_model": "a", "teacher_bits": 3}, "teacher_bits"),
         ({"teacher_model": "a", "chunk_size": 0}, "chunk_size"),
-        ({"teacher_model": "a", "beta": 2.0}, "beta"),
-        ({"teacher_model": "a", "alpha": 1.0}, "alpha"),
+        ({"teacher_model": "a", "loss": "jsd", "beta": 2.0}, "beta"),
+        ({"teacher_model": "a", "loss": "skew_kl", "alpha": 1.0}, "alpha"),
         ({"teacher_model": "a", "loss": "hidden_mse"}, "features"),
         ({"teacher_model": "a", "teacher_model_init_kwargs": {"trust_remote_code": True}}, "trust_remote_code"),
         ({"teacher_model": "base"}, "no adapters"),
@@ -127,3 +127,9 @@ def test_padded_vocabularies_share_what_both_have(tmp_path: Path) -> None:
 def test_options_that_cannot_work_are_named(options: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(CompressError, match=message):
         trainer(tiny("llama"), tmp_path, [Distillation(**options)])
+
+
+def test_each_loss_says_the_range_of_its_options() -> None:
+    """What a mixture cannot have is forward KL to alpha-beta."""
+    Distillation("a", loss="alpha_beta", alpha=1.0, beta=0.0).check()
+    Distillation("a", loss="alpha_beta", alpha=0.5, beta=1.5).check()
