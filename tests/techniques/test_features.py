@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from transformers import TrainerCallback
 
 from hf_compress.errors import CompressError
 from hf_compress.techniques.capture import Capture
@@ -126,6 +127,21 @@ def test_each_feature_lowers_itself(tmp_path: Path) -> None:
         assert logs[-1][f"loss_{name}"] < 0.9 * logs[0][f"loss_{name}"]
     assert technique.parameters() == []
     assert not run.model.model.layers[1]._forward_hooks
+
+
+def test_projections_begin_each_step_without_gradients(tmp_path: Path) -> None:
+    """The Trainer zeroes the model's gradients alone; what is left would add up from step to step."""
+    technique = Distillation(tiny("llama", seed=1, hidden_size=128), features={"hidden_mse": 1.0})
+    run = trainer(tiny("llama"), tmp_path, [technique])
+    left: list[bool] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            left.extend(p.grad is not None for p in technique.parameters())
+
+    run.add_callback(Watch())
+    run.train()
+    assert left == [False] * 8  # two projections, four steps
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -56,6 +56,14 @@ def test_draws_are_those_of_the_student() -> None:
     assert not torch.equal(made["input_ids"], continued(tiny("gpt2"), batch_of(), seed=0)["input_ids"])
 
 
+def test_draws_are_from_the_whole_vocabulary() -> None:
+    """A student that finds every token about as likely: 100 draws are of about 70 of its 128 tokens."""
+    model = tiny("gpt2", tie_word_embeddings=False)
+    model.lm_head.weight.data *= 1e-3
+    batch = {"input_ids": torch.full((100, 2), 5), "labels": torch.full((100, 2), 5)}
+    assert len(continued(model, batch, seed=0)["input_ids"][:, 1].unique()) > 55
+
+
 @pytest.mark.parametrize(
     "its_own",
     [{"num_beams": 2}, {"min_p": 0.9}, {"suppress_tokens": list(range(64))}, {"no_repeat_ngram_size": 1}],

@@ -1,14 +1,17 @@
 """Several teachers, packed teachers, teachers of other heads and tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import BertForTokenClassification, PreTrainedTokenizerFast
 
 from hf_compress.errors import CompressError
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.soft_targets import Online, SoftTargets
+from hf_compress.weights import blocks_of
 from tests.models import tiny
 from tests.training import save_tokenizer, trainer
 
@@ -16,6 +19,23 @@ from tests.training import save_tokenizer, trainer
 def saved(folder: Path, name: str = "llama", seed: int = 1, **changes: int) -> str:
     tiny(name, seed=seed, **changes).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.mark.parametrize("given", ["model", "folder", "base"])
+def test_teachers_answer_without_dropout_and_gradients(given: str, tmp_path: Path) -> None:
+    """Also a model that was in train mode, and the student's own base, which goes back to train mode afterwards."""
+    student = tiny("llama")
+    teacher: Any = {"model": tiny("llama", seed=1).train(), "folder": saved(tmp_path / "a"), "base": "base"}[given]
+    if given == "base":
+        student = get_peft_model(student, LoraConfig(target_modules="all-linear", r=4))
+    technique = Distillation(teacher)
+    run = trainer(student, tmp_path, [technique], max_steps=2)
+    seen: list[tuple[bool, bool]] = []
+    blocks_of(technique._teachers[0])[0].register_forward_pre_hook(
+        lambda module, _: seen.append((module.training, torch.is_grad_enabled()))
+    )
+    run.train()
+    assert seen == ([(False, False), (True, True)] if given == "base" else [(False, False)]) * 2
 
 
 @pytest.mark.parametrize("chunked", [False, True])
