@@ -47,6 +47,12 @@ def count(kind: str, labels: Tensor) -> int:
     return len(labels) if kind == "sequence" else int((targets(kind, labels) != -100).sum())
 
 
+def count_labelled(kind: str, labels: Tensor) -> int:
+    """Those of them that have a label: a classifier may be given examples without (-100), to learn from a teacher."""
+    classes = kind == "sequence" and not labels.is_floating_point()
+    return int((labels != -100).sum()) if classes else count(kind, labels)
+
+
 def distribution(model: PreTrainedModel) -> str:
     """What a head's outputs are: ``softmax`` over classes, ``sigmoid`` of each label, or ``values`` (regression)."""
     config: Any = model.config

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from hf_compress.bnb_guard import disable_cpu_packing
 from hf_compress.errors import CompressError
 from hf_compress.heads import count as count_items
-from hf_compress.heads import head_of, targets
+from hf_compress.heads import count_labelled, head_of, targets
 from hf_compress.techniques.base import Step, Technique
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.lora import merged
@@ -35,7 +35,9 @@ class CompressionTrainer(PublishingTrainer):
 
     loss = task_weight * task + the sum of the techniques' terms, each a sum over label positions (examples, for a
     classifier) divided by their number in the whole accumulated batch on all ranks: n micro-batches of 1 train as 1
-    of n does. `eval_loss` is the task loss alone.
+    of n does. `eval_loss` is the task loss alone, `eval_<term>` the mean of a term over all evaluated items (where
+    rows do not share out evenly among ranks, accelerate repeats some). The balance that mixtures of experts ask for
+    with `output_router_logits` is a term of its own, `balance`, which sees one micro-batch at a time.
 
     Args:
         techniques: in any order; the order changes nothing.
@@ -67,6 +69,12 @@ class CompressionTrainer(PublishingTrainer):
                 "DeepSpeed, FSDP and label smoothing have not been shown to work with techniques",
                 where="TrainingArguments",
                 next_step="train on one device or with plain DDP (torchrun), without label smoothing",
+            )
+        if others.get("compute_loss_func") is not None:
+            raise CompressError(
+                "the task loss is the model's own, and compute_loss_func would not be called",
+                where="compute_loss_func",
+                next_step="leave it out, or compute that loss in the model's forward",
             )
         check_arguments(args)
         disable_cpu_packing(model)
@@ -170,10 +178,13 @@ class CompressionTrainer(PublishingTrainer):
             outputs = model(**given, **({"num_items_in_batch": num_items_in_batch} if scaled else {}))
         step.outputs = outputs
         terms: dict[str, Tensor] = {}
+        balance = _balance(student, outputs) if self._head == "causal" else None
+        if balance is not None:
+            terms["balance"] = weight * balance * count_items(self._head, labels) / num_items_in_batch
         if not chunked:
-            task = outputs.loss
+            task = outputs.loss if balance is None else outputs.loss - balance
             if not scaled:  # a mean over this micro-batch, of nothing where it holds no labels
-                seen = count_items(self._head, labels)
+                seen = count_labelled(self._head, labels)
                 task = task * seen / num_items_in_batch if seen else outputs.logits.sum() * 0.0
             terms["task"] = weight * task
         for technique in self.techniques:
@@ -188,9 +199,10 @@ class CompressionTrainer(PublishingTrainer):
                 self._logged[name] = self._logged.get(name, 0.0) + value.detach() * factor
             loss = torch.stack([terms[name] for name in sorted(terms)]).sum() * factor
         else:
+            items = torch.tensor(float(count_items(self._head, labels)), device=labels.device)
             for name, value in terms.items():
                 if name != "task":
-                    self._eval_logged[name].append(value.detach() * factor)
+                    self._eval_logged[name].append(torch.stack([value.detach() * num_items_in_batch, items]))
             loss = terms["task"].detach() * factor
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
 
@@ -217,15 +229,13 @@ class CompressionTrainer(PublishingTrainer):
             }
             self._logged = {}
         if f"{self._evaluated}_loss" in logs:
-            logs |= {
-                f"{self._evaluated}_{name}": float(torch.stack(values).mean())
-                for name, values in self._eval_logged.items()
-            }
+            measured = {name: torch.stack(batches).sum(0) for name, batches in self._eval_logged.items()}
             self._eval_logged.clear()
             for technique in self.techniques:
-                for name, pair in technique.measures().items():
-                    both = self.accelerator.reduce(torch.stack(pair).to(self.args.device), "sum")
-                    logs[f"{self._evaluated}_{name}"] = float(both[0] / both[1].clamp_min(1))
+                measured |= {name: torch.stack(pair) for name, pair in technique.measures().items()}
+            for name, pair in measured.items():
+                total, items = self.accelerator.reduce(pair.to(self.args.device), "sum")
+                logs[f"{self._evaluated}_{name}"] = float(total / items.clamp_min(1))
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -284,6 +294,13 @@ class CompressionTrainer(PublishingTrainer):
                 next_step="missing: " + ", ".join(sorted(info["missing_keys"])[:5]),
             )
         student.load_state_dict(saved.state_dict())
+
+
+def _balance(student: Any, outputs: Any) -> Tensor | None:
+    """What mixtures of experts that return router logits add to the loss of each micro-batch, whatever its size:
+    how evenly its own tokens use the experts. None of other models."""
+    even = outputs.get("aux_loss")
+    return None if even is None else student.router_aux_loss_coef * even
 
 
 class DistillationTrainer(CompressionTrainer):

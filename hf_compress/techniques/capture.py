@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_compress.errors import CompressError
@@ -83,6 +84,13 @@ def _attention_map(_: tuple[Any, ...], output: Any, before: Any) -> Tensor:
             next_step='load student and teacher with attn_implementation="eager", or take `relations`',
         )
     maps: Tensor = output[1]
+    if ((maps.detach().sum(-1, dtype=torch.float32) - 1).abs() > 0.02).any():
+        raise CompressError(
+            "attention maps that do not sum to 1: what dropout leaves of them is not where the student looks",
+            where="distill.features",
+            next_step="dropout: 0 in the train stage, load the student with attention_probs_dropout_prob (or what its "
+            "config calls it) 0, or take `relations`",
+        )
     return maps
 
 

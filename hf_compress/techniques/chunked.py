@@ -64,12 +64,11 @@ def head_of(model: nn.Module) -> Head:
         if number:
             scales.append(1 / number if invert else number)
     cap = getattr(config, "final_logit_softcapping", None)
-    given, found = _probe(base, module)
-    for scale in scales:
-        for limit in (None, cap):
-            head = Head(module, scale, limit)
-            if torch.allclose(head.shape_of(given.float().clone()), found.float(), rtol=2e-2, atol=1e-2):
-                return head
+    given, found = (x.float() for x in _probe(base, module))
+    heads = [Head(module, scale, limit) for scale in scales for limit in (None, cap)]
+    nearest = min(heads, key=lambda head: float((head.shape_of(given.clone()) - found).abs().max()))
+    if torch.allclose(nearest.shape_of(given.clone()), found, rtol=2e-2, atol=1e-2):
+        return nearest
     raise CompressError(
         f"{type(base).__name__} changes its logits after the head in a way that is not known here",
         where="distill.chunked",

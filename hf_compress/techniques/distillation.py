@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,8 @@ class Distillation(Technique):
 
     distill = weight * sum over predicted positions of T^2 loss(student / T, teacher / T) / num_items; of several
     teachers the weighted mean. A feature's term = its weight * sum over sequences of (mean over mapped blocks of its
-    loss) * items of the sequence / num_items, where items are predicted positions, or 1 for a sequence classifier.
-    Every weight may go to another (`weight_end`) over the run, as `weight_schedule` says.
+    loss, with the first teacher) * items of the sequence / num_items, where items are predicted positions, or 1 for a
+    sequence classifier. Every weight may go to another (`weight_end`) over the run, as `weight_schedule` says.
 
     Names are TRL's where TRL has one. At evaluation `eval_kl` (KL(first teacher || student) at temperature 1) and
     `eval_agreement` (of the likeliest class) are means over all items.
@@ -184,7 +184,15 @@ class Distillation(Technique):
 
     @contextmanager
     def around(self, step: Step) -> Iterator[None]:
+        if self._distribution == "softmax" and step.labels.is_floating_point():
+            raise CompressError(
+                "labels are numbers, each learned on its own, and the student's config says classes",
+                where="problem_type",
+                next_step="set it to multi_label_classification or regression in the configs of student and teacher",
+            )
         inputs = {k: v for k, v in step.inputs.items() if k != "labels"}
+        if step.head in ("causal", "seq2seq"):  # a cache is never read, and with it packed texts see one another
+            inputs["use_cache"] = False
         answers: list[Teacher] = [self._answer(i, inputs, step.chunked) for i in range(len(self._teachers))]
         answers += self._cached(step)
         with ExitStack() as stack:
@@ -255,6 +263,12 @@ class Distillation(Technique):
         mask, items_of = _where(step)
         for term in self._terms:
             each_sequence = term(self._captures[0], self._captures[1], mask) * items_of
+            if torch.is_grad_enabled() and not each_sequence.requires_grad:
+                raise CompressError(
+                    "no gradient comes back from where it looks, so it would teach nothing",
+                    where=f"distill.features.{term.name}",
+                    next_step="gradient_checkpointing_kwargs: {use_reentrant: false}, or let those blocks train",
+                )
             terms[term.name] = self._now(term.weight, term.weight_end) * each_sequence.sum() / step.num_items
         if not answered:
             terms.pop("distill", None)
@@ -279,6 +293,12 @@ class Distillation(Technique):
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in self.state().items()}:
+            raise CompressError(
+                "the checkpoint's projections are of other features, layer maps or widths",
+                where="distill.features",
+                next_step="resume with the features that were interrupted",
+            )
         for term in self._terms:
             prefix = f"projection.{term.name}."
             term.projections.load_state_dict(
@@ -293,18 +313,12 @@ class Distillation(Technique):
     def facts(self) -> dict[str, Any]:
         given = self._given or [self._cache.facts["teacher"] if self._cache else None]
         teachers = [name if isinstance(name, str) else type(name).__name__ for name in given]
-        return {
+        options = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("teacher")}
+        return options | {
             "teacher": teachers[0] if len(teachers) == 1 else teachers,
-            "loss": self.loss,
-            "temperature": self.temperature,
-            "weight": self.weight,
-            "weight_end": self.weight_end,
-            "taid": self.taid,
-            "lmbda": self.lmbda,
-            "chunked": self.chunked,
+            "teacher_bits": self.teacher_bits,
+            "teacher_weights": self.teacher_weights,
             "teacher_cache": self._cache.facts if self._cache else None,
-            "features": self.features,
-            "layer_map": self.layer_map,
         }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, get_type_hints
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,12 +34,15 @@ def check_options(given: Distillation) -> None:
             where="distill.teacher_model",
             next_step="a folder, a Hub id, or `dense` in a recipe; or a list of them as `teachers`",
         )
-    if losses.entry(given.loss, where="distill.loss").traits["kind"] not in ("logits", "values"):
+    loss = losses.entry(given.loss, where="distill.loss")
+    if loss.traits["kind"] not in ("logits", "values"):
         raise CompressError(
             f"{given.loss!r} is not a logit loss",
             where="distill.loss",
             next_step=f"features: {{{given.loss}: 1.0}}",
         )
+    certain = torch.zeros(1, 1)  # one class: the loss itself says whether its options are in range
+    loss.value(certain, certain.clone(), **{name: getattr(given, name) for name in loss.traits.get("options", ())})
     check_features(given.features)
     for key in given.teacher_model_init_kwargs:
         if key not in OPTIONS:
@@ -61,8 +65,6 @@ def check_options(given: Distillation) -> None:
         ),
         "taid": (f"{given.taid} is not between 0 and 1", given.taid is not None and not 0 <= given.taid <= 1),
         "lmbda": (f"{given.lmbda} is not between 0 and 1", not 0 <= given.lmbda <= 1),
-        "beta": (f"{given.beta} is not between 0 and 1", not 0 <= given.beta <= 1),
-        "alpha": (f"{given.alpha} is not in [0, 1)", not 0 <= given.alpha < 1),
         "teacher_bits": (
             "is for a teacher that is read here: not for a cache, a loaded model or `base`"
             if not read

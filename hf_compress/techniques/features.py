@@ -27,7 +27,7 @@ def layer_map(given: list[int] | str | None, ours: int, theirs: int, *, where: s
         CompressError: a list that does not fit, a word that is none of these.
     """
     if given in (None, "uniform"):
-        return [(i, round((i + 1) * theirs / ours) - 1) for i in range(ours)]
+        return [(i, max(0, round((i + 1) * theirs / ours) - 1)) for i in range(ours)]
     if given == "last":
         return [(ours - 1, theirs - 1)]
     if isinstance(given, str):

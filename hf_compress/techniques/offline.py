@@ -16,17 +16,19 @@ from hf_compress.errors import CompressError
 from hf_compress.files import sha256
 from hf_compress.heads import targets
 from hf_compress.techniques.base import Step
-from hf_compress.techniques.soft_targets import SoftTargets
+from hf_compress.techniques.soft_targets import SoftTargets, as_wide_as
 
 MANIFEST = "cache.json"
 
 
 @dataclass
 class _Kept:
-    """Answers as tables, ids (rows, n) and what goes with them, looked up row by row."""
+    """Answers as tables, ids (rows, n) and what goes with them, looked up row by row; about the first `classes`
+    classes, where the student's vocabulary is padded to more."""
 
     ids: Tensor
     rest: Tensor
+    classes: int | None = None
     weight: float = 1.0
 
     def chunk(self, rows: Tensor) -> None:
@@ -49,11 +51,11 @@ class Sampled(_Kept):
     """
 
     def learn(self, student: Tensor, soft: SoftTargets) -> tuple[Tensor, Tensor]:
-        log_q = (student / soft.temperature).log_softmax(-1)
+        log_q = (student[:, : self.classes] / soft.temperature).log_softmax(-1)
         value = -log_q.gather(-1, self._ids).mean(-1) - self._rest
         share = torch.full_like(self._ids, -1 / self._ids.shape[-1], dtype=log_q.dtype)
         gradient = log_q.exp_().scatter_add_(-1, self._ids, share)
-        return value * soft.temperature**2, gradient.mul_(soft.temperature)
+        return value * soft.temperature**2, as_wide_as(student, gradient.mul_(soft.temperature))
 
 
 class TopK(_Kept):
@@ -64,16 +66,16 @@ class TopK(_Kept):
     """
 
     def learn(self, student: Tensor, soft: SoftTargets) -> tuple[Tensor, Tensor]:
-        log_q = (student / soft.temperature).log_softmax(-1)
+        log_q = (student[:, : self.classes] / soft.temperature).log_softmax(-1)
         kept, p = log_q.gather(-1, self._ids), self._rest.exp()
         p_tail = (1 - p.sum(-1)).clamp_min(1e-9)
-        q_tail = (1 - kept.exp().sum(-1)).clamp_min(1e-9)
-        value = (p * (self._rest - kept)).sum(-1) + p_tail * (p_tail / q_tail).log()
         q = log_q.exp_()
+        q_tail = q.scatter(-1, self._ids, 0.0).sum(-1).clamp_min(1e-9)  # 1 - sum would lose what a sure student leaves
+        value = (p * (self._rest - kept)).sum(-1) + p_tail * (p_tail / q_tail).log()
         # d value / d logits = q + slope, slope = -p at the k and -p_tail q / q_tail elsewhere
         gradient = q * (1 - p_tail / q_tail).unsqueeze(-1)
         gradient.scatter_(-1, self._ids, kept.exp() - p)
-        return value * soft.temperature**2, gradient.mul_(soft.temperature)
+        return value * soft.temperature**2, as_wide_as(student, gradient.mul_(soft.temperature))
 
 
 def row_key(ids: list[int], labels: list[int]) -> int:
@@ -174,4 +176,4 @@ class Cache:
             rest = torch.from_numpy(entry["rest"].astype("float32"))
             other[index][trained[index]] = rest.view(-1, width) if self.facts["kind"] == "topk" else rest
         flat = found.flatten(0, 1).to(ids.device), other.flatten(0, 1).to(ids.device)
-        return TopK(*flat) if self.facts["kind"] == "topk" else Sampled(*flat)
+        return (TopK if self.facts["kind"] == "topk" else Sampled)(*flat, self.facts["vocabulary"])

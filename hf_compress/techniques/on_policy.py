@@ -65,10 +65,11 @@ def continued(model: Any, batch: dict[str, Any], *, seed: int) -> dict[str, Tens
         eos_token_id=end,
         pad_token_id=max(0, int(ends[0])),
     )
-    training, device = model.training, prompts[0].device
+    training, device, its_own = model.training, prompts[0].device, model.generation_config
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model.eval()
+        model.generation_config = options  # generate() would take penalties, cuts and beams from the model's own
         try:
             written = model.generate(
                 input_ids=pad_sequence(prompts, batch_first=True, padding_side="left"),
@@ -77,6 +78,7 @@ def continued(model: Any, batch: dict[str, Any], *, seed: int) -> dict[str, Tens
             )
         finally:
             model.train(training)
+            model.generation_config = its_own
     rows, labels = [], []
     for prompt, most, row in zip(prompts, room, written[:, max(map(len, prompts)) :], strict=True):
         over = torch.isin(row, ends).nonzero()

@@ -88,8 +88,7 @@ class Online:
                 where="distillation",
                 next_step="check the teacher's dtype and inputs",
             )
-        missing = student.shape[-1] - gradient.shape[-1]
-        return value, torch.nn.functional.pad(gradient, (0, missing)) if missing else gradient
+        return value, as_wide_as(student, gradient)
 
     def compare(self, log_q: Tensor) -> tuple[Tensor, Tensor]:
         ours, theirs = _common(log_q, self._block)
@@ -102,6 +101,12 @@ def _common(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     """The classes both have: vocabularies may be padded to different sizes."""
     common = min(ours.shape[-1], theirs.shape[-1])
     return ours[:, :common], theirs[:, :common]
+
+
+def as_wide_as(student: Tensor, gradient: Tensor) -> Tensor:
+    """No gradient for classes that the student alone has."""
+    missing = student.shape[-1] - gradient.shape[-1]
+    return torch.nn.functional.pad(gradient, (0, missing)) if missing else gradient
 
 
 @dataclass(frozen=True)

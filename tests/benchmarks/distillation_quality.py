@@ -154,8 +154,8 @@ class Task:
         return auto.from_pretrained(self.teacher, dtype=torch.float32, **options, **more) if more else model
 
     @staticmethod
-    def _eager(arm: str) -> dict[str, str]:
-        return {"attn_implementation": "eager"} if "attention" in arm else {}
+    def _eager(arm: str) -> dict[str, Any]:
+        return {"attn_implementation": "eager", "attention_probs_dropout_prob": 0.0} if "attention" in arm else {}
 
     def file(self, arm: str, seed: int) -> Path:
         return self.folder / f"{arm.replace(' ', '_')}-{seed}.json"

@@ -3,9 +3,6 @@ agree."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertForTokenClassifi
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
 from tests.models import tiny
+from tests.ranks import on_two_ranks
 from tests.training import collate, rows, trainer
 
 EVERY_FEATURE = dict.fromkeys(
@@ -113,27 +111,79 @@ def test_order_of_techniques_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize(("name", "distil", "port"), [("llama", None, 29617), ("llama", CHUNKED, 29618)])
-def test_two_ranks_equal_one(name: str, distil: Any, port: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "distil"), [("llama", None), ("llama", CHUNKED)], ids=["whole", "chunked"])
+def test_two_ranks_equal_one(name: str, distil: Any, tmp_path: Path) -> None:
     """Whole logits, and chunked: the loss is made inside the wrapped forward, so DDP sees the head at work."""
     one = weights_after(name, tmp_path, distil=distil, per_device_train_batch_size=4)
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys, torch\nfrom pathlib import Path\nfrom tests.contracts.test_loss_scale import weights_after\n"
-        f"w = weights_after({name!r}, Path(sys.argv[1]), distil={distil!r}, per_device_train_batch_size=2)\n"
-        "import torch.distributed as dist\nassert dist.get_world_size() == 2\n"
-        "if dist.get_rank() == 0: torch.save(w, sys.argv[1] + '/two.pt')\ndist.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    torch.testing.assert_close(torch.load(tmp_path / "two.pt"), one, atol=2e-5, rtol=1e-3)
+    call = f"weights_after({name!r}, folder, distil={distil!r}, per_device_train_batch_size=2)"
+    first, _ = on_two_ranks(__name__, call, tmp_path)
+    torch.testing.assert_close(first, one, atol=2e-5, rtol=1e-3)
+
+
+def evaluated(folder: Path, batch: int) -> dict[str, float]:
+    technique = Distillation(tiny("llama", seed=1), temperature=1.0, features={"hidden_mse": 1.0})
+    run = trainer(tiny("llama"), folder, [technique], per_device_eval_batch_size=batch)
+    run.evaluate()
+    return {k: v for k, v in run.state.log_history[-1].items() if k in ("eval_distill", "eval_kl", "eval_hidden_mse")}
+
+
+def test_terms_at_evaluation_are_means_over_all_items(tmp_path: Path) -> None:
+    """Rows of 5 to 14 tokens, in whole and uneven batches, and on two ranks: at a temperature and weight of 1 the
+    term is the KL."""
+    whole = evaluated(tmp_path, 16)
+    assert whole["eval_distill"] == pytest.approx(whole["eval_kl"], rel=1e-5)
+    for found in (evaluated(tmp_path, 5), *on_two_ranks(__name__, "evaluated(folder, 2)", tmp_path)):
+        assert found == pytest.approx(whole, rel=1e-5)
+
+
+def test_balance_of_experts_counts_once_however_a_batch_is_split(tmp_path: Path) -> None:
+    """Each micro-batch has a mean of its own: these must not add up, and chunked losses must not lose them."""
+    found = []
+    for chunked, accumulated in ((False, 1), (False, 4), (True, 1), (True, 4)):
+        student = tiny("qwen3_moe", output_router_logits=True, router_aux_loss_coef=1.0)
+        run = trainer(
+            student,
+            tmp_path,
+            [Distillation(tiny("qwen3_moe", seed=1), chunked=chunked)],
+            max_steps=1,
+            per_device_train_batch_size=4 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            train_sampling_strategy="sequential",
+        )
+        run.train()
+        found.append({k: v for k, v in run.state.log_history[0].items() if k in ("loss_task", "loss_balance")})
+        task = run.evaluate()["eval_loss"]
+        student.config.output_router_logits = False
+        assert run.evaluate()["eval_loss"] == pytest.approx(task)
+    one, four, *chunked_ones = found
+    assert four["loss_task"] == pytest.approx(one["loss_task"], rel=1e-4)
+    assert four["loss_balance"] == pytest.approx(one["loss_balance"], rel=0.3)  # not 4 x
+    assert chunked_ones == [pytest.approx(one, rel=1e-4), pytest.approx(four, rel=1e-4)]
+
+
+def test_examples_without_a_label_are_learned_from_the_teacher_alone(tmp_path: Path) -> None:
+    """In micro-batches that hold some labels, one, or none."""
+
+    def unlabelled(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        made = collate(batch)
+        made["labels"] = torch.where(made["input_ids"][:, 0] % 2 == 0, made["labels"], -100)
+        return made
+
+    found = []
+    for accumulated in (1, 4):
+        run = trainer(
+            *(models("bert")[0], tmp_path, [Distillation(models("bert")[1])]),
+            max_steps=2,
+            optim="sgd",
+            max_grad_norm=0,
+            per_device_train_batch_size=4 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            train_sampling_strategy="sequential",
+        )
+        run.data_collator = unlabelled
+        run.train()
+        found.append({k: v.clone() for k, v in run.model.state_dict().items()})
+    torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=1e-3)
 
 
 def test_terms_are_logged_under_their_names(tmp_path: Path) -> None:

@@ -1,9 +1,5 @@
 """Contract 3: zeros stay zero, through every optimizer, way of training, container and reload, and N:M stays N:M."""
 
-import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 from hf_compress.weights import weights
 from tests.models import tiny
+from tests.ranks import on_two_ranks
 from tests.training import trainer
 
 OPTIMIZERS = {
@@ -234,21 +231,5 @@ def train_on_ranks(folder: Path, ranks: int) -> str:
 
 
 def test_two_ranks_choose_the_same_masks(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys, json\nfrom pathlib import Path\nfrom tests.contracts.test_masks import train_on_ranks\n"
-        "import torch.distributed as dist\nfolder = Path(sys.argv[1])\nfound = train_on_ranks(folder, 2)\n"
-        "assert dist.get_world_size() == 2\n"
-        "(folder / f'{dist.get_rank()}.json').write_text(json.dumps(found))\ndist.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    first, second = on_two_ranks(__name__, "train_on_ranks(folder, 2)", tmp_path)
     assert first == second

@@ -94,6 +94,19 @@ def test_adapters_under_a_mask_resume_exactly(tmp_path: Path) -> None:
         assert all(torch.equal(found[k], expected[k]) for k in expected), step
 
 
+@pytest.mark.parametrize(
+    "features", [{}, {"squarehead": 1.0}, {"hidden_mse": {"layer_map": "last"}}], ids=["none", "others", "fewer"]
+)
+def test_projections_of_other_features_are_refused(features: dict, tmp_path: Path) -> None:
+    def begin(features: dict):
+        technique = Distillation(tiny("llama", seed=1, hidden_size=128), features=features)
+        return trainer(tiny("llama"), tmp_path, [technique], max_steps=2, save_strategy="steps", save_steps=1)
+
+    begin({"hidden_mse": 0.5}).train()
+    with pytest.raises(CompressError, match="of other features"):
+        begin(features).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def saved(tmp_path: Path, **options: object) -> tuple[Path, Path]:
     run = trainer(tiny("llama"), tmp_path, [Pruning(every=1, **options)], save_strategy="steps", save_steps=3)
     run.train()

@@ -1,9 +1,11 @@
 """Every feature loss: what changes nothing, what is 0, and that padding and other sequences play no part."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compress.errors import CompressError
@@ -43,6 +45,79 @@ def test_zero_at_equality_positive_elsewhere(name: str) -> None:
     teacher = states(name)
     assert losses[name](teacher, teacher, MASK).abs().max() < 1e-5
     assert (losses[name](states(name), teacher, MASK) > 1e-4).all()
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum(-1)
+
+
+def relation_kl(s: Tensor, t: Tensor) -> Tensor:
+    """Of one sequence, (positions, width) each, in four heads."""
+    q, p = (torch.stack([(x @ x.T / x.shape[1] ** 0.5).softmax(-1) for x in y.chunk(4, -1)]) for y in (s, t))
+    return kl(p, q).mean()
+
+
+def distances(x: Tensor) -> Tensor:
+    found = torch.stack([(x[i] - x[j]).norm() for i in range(len(x)) for j in range(len(x)) if i != j])
+    return found / found.mean()
+
+
+def angles(x: Tensor) -> Tensor:
+    """At j, between i and k, all three different."""
+    order = [p for p in product(range(len(x)), repeat=3) if len(set(p)) == 3]
+    return torch.stack([torch.cosine_similarity(x[i] - x[j], x[k] - x[j], dim=0) for i, j, k in order])
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm()
+
+
+def unbiased_hsic(a: Tensor, b: Tensor) -> Tensor:
+    """Song et al. 2012, equation 5, of kernels with a zero diagonal."""
+    n, one = len(a), torch.ones(len(a), dtype=a.dtype)
+    both = (one @ a @ one) * (one @ b @ one) / ((n - 1) * (n - 2))
+    return ((a @ b).trace() + both - 2 / (n - 2) * (one @ a @ b @ one)) / (n * (n - 3))
+
+
+def cka(s: Tensor, t: Tensor) -> Tensor:
+    a, b = ((x.double() @ x.double().T).fill_diagonal_(0) for x in (s, t))
+    return (1 - unbiased_hsic(a, b) / (unbiased_hsic(a, a) * unbiased_hsic(b, b)).sqrt()).float()
+
+
+BY_HAND: dict[str, Any] = {  # of one sequence without padding
+    "hidden_mse": lambda s, t: ((s - t).square().mean(-1) / t.square().mean(-1)).mean(),
+    "squarehead": lambda s, t: (s - t).square().mean() / t.square().mean(),
+    "hidden_l2": lambda s, t: (s - t).square().mean(),
+    "hidden_cosine": lambda s, t: (1 - (s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))).mean(),
+    "attention_kl": lambda s, t: kl(t, s).mean(),
+    "attention_mse": lambda s, t: (s - t).square().sum(-1).mean(),
+    "relations": lambda s, t: sum(relation_kl(*pair) for pair in zip(s, t)) / 3,
+    "rkd_distance": lambda s, t: F.smooth_l1_loss(distances(s), distances(t)),
+    "rkd_angle": lambda s, t: F.smooth_l1_loss(angles(s), angles(t)),
+    "gram": lambda s, t: (unit(s @ s.T) - unit(t @ t.T)).square().sum(),
+    "fsp": lambda s, t: (unit(s[0].T @ s[1]) - unit(t[0].T @ t[1])).square().sum(),
+    "cka": cka,
+    "router_kl": lambda s, t: kl(t.softmax(-1), s.softmax(-1)).mean(),
+    "expert_usage": lambda s, t: kl(t.softmax(-1).mean(0), s.softmax(-1).mean(0)),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_each_is_its_formula(name: str) -> None:
+    student, teacher = states(name), states(name)
+    at = (lambda x: x[1, :, :7]) if losses.entry(name).traits["kind"] == "attention" else (lambda x: x[1, :7])
+    expected = BY_HAND[name](each(student, at), each(teacher, at))
+    torch.testing.assert_close(losses[name](student, teacher, MASK)[1], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rkd_thins_long_sequences_evenly() -> None:
+    """Of 10 and 7 positions, 4 are compared: 0, 2, 5, 7 and 0, 1, 3, 5."""
+    student, teacher = states("rkd_distance"), states("rkd_distance")
+    for name, formula in (("rkd_distance", distances), ("rkd_angle", angles)):
+        found = losses[name](student, teacher, MASK, positions=4)
+        for row, chosen in enumerate(([0, 2, 5, 7], [0, 1, 3, 5])):
+            expected = F.smooth_l1_loss(formula(student[row, chosen]), formula(teacher[row, chosen]))
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -125,18 +200,6 @@ def test_relations_are_invariant_to_rotation_within_a_head_only() -> None:
     assert (across - value).abs().max() > 1e-3
     with pytest.raises(CompressError, match="relation heads"):
         losses["relations"](student, teacher, MASK, relation_heads=5)
-
-
-def test_relations_are_the_formula() -> None:
-    student, teacher = states("relations"), states("relations")
-
-    def relation(x: Tensor) -> Tensor:
-        return (x[0] @ x[0].T / WIDTH**0.5).softmax(-1)
-
-    expected = torch.stack(
-        [(relation(t) * (relation(t) / relation(s)).log()).sum(-1).mean() for s, t in zip(student, teacher)]
-    ).mean()
-    torch.testing.assert_close(losses["relations"](student, teacher, MASK, relation_heads=1)[0], expected)
 
 
 def test_usage_is_blind_to_which_token_goes_where() -> None:

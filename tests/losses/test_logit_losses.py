@@ -53,6 +53,19 @@ def test_gradient_is_that_of_finite_differences(name: str, options: dict[str, fl
         torch.testing.assert_close(gradient[:, column], (up - down) / (2 * step), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] != "mse"])
+def test_slope_is_the_derivative_by_log_probabilities(name: str, options: dict[str, float]) -> None:
+    """Each log-probability on its own, as if they need not sum to 1: a constant times q would not show above."""
+    log_q, log_p = (x.log_softmax(-1) for x in logits())
+    loss, step = losses[name], 1e-5
+    _, slope = loss(log_q.clone(), log_p.clone(), **options)
+    for column in range(log_q.shape[1]):
+        moved = torch.zeros_like(log_q)
+        moved[:, column] = step
+        up, down = (loss(log_q + sign * moved, log_p.clone(), **options)[0] for sign in (1, -1))
+        torch.testing.assert_close(slope[:, column], (up - down) / (2 * step), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", LOGIT)
 def test_zero_and_without_gradient_at_equality_only(name: str) -> None:
     student, teacher = logits()

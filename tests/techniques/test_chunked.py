@@ -76,26 +76,67 @@ def test_value_and_gradients_equal_the_naive_ones(
     wanted = torch.autograd.grad(expected, parameters)
     objective = Objective(soft, [online(Head(theirs), taught)], 0.7, 0.3, labels)
     found, sums = chunked_loss(Head(ours, 1.5, cap), hidden, chosen, objective, size)
-    got = torch.autograd.grad(found * 1.0, parameters)
+    got = [gradient / 3 for gradient in torch.autograd.grad(found * 3, parameters)]
     torch.testing.assert_close(found, expected, rtol=5e-5, atol=1e-5)  # alpha_beta's three terms nearly cancel
     torch.testing.assert_close(0.7 * sums[1] + 0.3 * sums[0], expected, rtol=5e-5, atol=1e-5)
-    torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(got, list(wanted), atol=2e-6, rtol=1e-5)
 
 
 def test_gradients_from_given_outputs_equal_the_naive_ones() -> None:
-    student, teacher = torch.randn(POSITIONS, VOCAB, requires_grad=True), torch.randn(POSITIONS, VOCAB)
+    student, teacher, other = (torch.randn(POSITIONS, VOCAB) for _ in range(3))
+    student.requires_grad_()
     labels, chosen, soft = (
         torch.randint(0, VOCAB, (POSITIONS,)),
         torch.arange(0, POSITIONS, 2),
         SoftTargets("jsd", 2.0),
     )
-    expected = naive(student, teacher, labels, chosen, soft)
+    first, second = (naive(student, one, labels, chosen, soft) for one in (teacher, other))
+    expected = 0.2 * first + 0.8 * second
     (wanted,) = torch.autograd.grad(expected, student)
-    objective = Objective(soft, [Online(lambda part: teacher[part])], 0.7, 0.3, labels)
+    teachers = [Online(lambda part: teacher[part], 0.2), Online(lambda part: other[part], 0.8)]
+    objective = Objective(soft, teachers, 0.7, 0.3, labels)
     found, _ = FromOutputs.apply(student, chosen, objective)
     (got,) = torch.autograd.grad(found, student)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_blocks_of_a_chunk_add_up(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed at a time is a matter of a CPU's cache: here 1 or 3 of the rows of a chunk, two teachers."""
+    hidden, labels = torch.randn(1, POSITIONS, WIDTH, requires_grad=True), torch.randint(0, VOCAB, (POSITIONS,))
+    head, first, second = (nn.Linear(WIDTH, VOCAB) for _ in range(3))
+    chosen = torch.tensor([0, 2, 3, 5, 6, 7, 10])
+
+    def both(whole: bool) -> list[Tensor]:
+        taught = [online(Head(one, 0.5, 3.0), hidden.detach(), share) for one, share in ((first, 0.3), (second, 0.7))]
+        objective = Objective(SoftTargets("jsd", 2.0), taught, 0.7, 0.3, labels, measure=True)
+        if whole:
+            outputs = 3 * torch.tanh(head(hidden[0]) / 3)
+            total, sums = FromOutputs.apply(outputs, chosen, objective)
+        else:
+            total, sums = chunked_loss(Head(head, 1.0, 3.0), hidden, chosen, objective, 5)
+        return [total, sums, *torch.autograd.grad(total, [hidden, head.weight, head.bias])]
+
+    expected = both(True)
+    for module in ("chunked", "soft_targets"):
+        monkeypatch.setattr(f"hf_compress.techniques.{module}.BLOCK_BYTES", 4 * VOCAB * rows)
+    for whole in (True, False):
+        torch.testing.assert_close(both(whole), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_bfloat16_outputs_are_compared_in_fp32() -> None:
+    """In bfloat16 a divergence of near distributions is rounding, and may be negative."""
+    student = (8 * torch.randn(POSITIONS, VOCAB)).to(torch.bfloat16)
+    teacher = (student + 0.05 * torch.randn(POSITIONS, VOCAB)).to(torch.bfloat16)
+    every, soft = torch.arange(POSITIONS), SoftTargets("jsd")
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        outputs, taught = student.to(dtype).requires_grad_(), teacher.to(dtype)
+        total, _ = FromOutputs.apply(outputs, every, Objective(soft, [Online(lambda part, t=taught: t[part])]))
+        found.append([total, torch.autograd.grad(total, outputs)[0].float()])
+    assert found[0][0] == found[1][0] > 0
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-2, atol=1e-6)
 
 
 def test_nothing_to_learn_gives_zero_and_zero_gradients() -> None:
@@ -169,6 +210,7 @@ def other(kind: str, seed: int = 0, **changes: Any) -> Any:
     [
         ("gemma2", {"final_logit_softcapping": 2.0}),
         ("cohere", {"logit_scale": 0.25}),
+        ("cohere", {"logit_scale": 1.01}),  # near 1, and not 1
         ("granite", {"logits_scaling": 8.0}),
     ],
 )
@@ -268,6 +310,8 @@ def test_evaluation_is_that_of_whole_logits(tmp_path: Path) -> None:
 
 def test_bf16_autocast_is_that_of_whole_logits(tmp_path: Path) -> None:
     """Where the model multiplies in bfloat16, so does the chunked head, and its fp32 weight gets an fp32 gradient."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert online(Head(nn.Linear(8, 9)), torch.randn(1, 4, 8)).outputs(torch.arange(4)).dtype == torch.bfloat16
     found = []
     for chunked in (True, False):
         student, teacher = tiny("llama"), tiny("llama", seed=1, hidden_size=128)

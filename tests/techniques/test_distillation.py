@@ -1,18 +1,21 @@
 """What Distillation adds to the loss, its teachers' checks, and scripts that use the dataclasses."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import BertForMaskedLM, HfArgumentParser, TrainingArguments
+from transformers import BertForMaskedLM, DataCollatorWithFlattening, HfArgumentParser, TrainingArguments
 
 from hf_compress.errors import CompressError
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.trainer import DistillationTrainer
+from tests.contracts.test_loss_scale import labelled, models
 from tests.models import tiny
 from tests.training import collate, rows, trainer
 
@@ -30,8 +33,6 @@ def by_hand(kind: str, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor
 
 @pytest.mark.parametrize("kind", ["bert", "regression", "multilabel", "tokens", "llama", "t5"])
 def test_each_head_is_distilled_where_and_as_it_predicts(kind: str, tmp_path: Path) -> None:
-    from tests.contracts.test_loss_scale import labelled, models
-
     student, teacher = models(kind)
     loss = "mse" if kind == "regression" else "forward_kl"
     run = trainer(student, tmp_path, [Distillation(teacher, loss=loss)])
@@ -47,7 +48,8 @@ def test_each_head_is_distilled_where_and_as_it_predicts(kind: str, tmp_path: Pa
     elif kind == "llama":
         chosen = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
     expected = by_hand(kind, ours[chosen], theirs[chosen]).mean()
-    torch.testing.assert_close(run._eval_logged["distill"][0], expected, rtol=1e-4, atol=1e-5)
+    total, items = run._eval_logged["distill"][0]
+    torch.testing.assert_close(total / items, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_each_evaluated_dataset_has_its_own_measures(tmp_path: Path) -> None:
@@ -94,6 +96,57 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
         run.compute_loss(run.model, inputs)
         terms.append({k: v[0] for k, v in run._eval_logged.items()})
     torch.testing.assert_close(terms[0], terms[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_packed_texts_are_learned_as_rows_of_their_own(chunked: bool, tmp_path: Path) -> None:
+    """Texts one after another in a row, told apart by position_ids alone: no model looks from one into another."""
+    found = []
+    for collator in (collate, DataCollatorWithFlattening()):
+        run = trainer(
+            tiny("llama"),
+            tmp_path,
+            [Distillation(tiny("llama", seed=1), chunked=chunked)],
+            max_steps=1,
+            train_sampling_strategy="sequential",
+        )
+        run.data_collator = collator
+        run.train()
+        run.evaluate()
+        first, last = run.state.log_history[0], run.state.log_history[-1]
+        found.append([first["loss_task"], first["loss_distill"], first["grad_norm"], last["eval_kl"]])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_numbers_as_labels_of_a_student_that_its_config_calls_a_classifier_are_refused(tmp_path: Path) -> None:
+    """transformers takes the kind of loss from such labels, and each label would be distilled as a class of one."""
+    run = trainer(tiny("bert", num_labels=3), tmp_path, [Distillation(tiny("bert", seed=1, num_labels=3))])
+    run.data_collator = partial(labelled, "multilabel")
+    with pytest.raises(CompressError, match="problem_type"):
+        run.train()
+
+
+def test_a_loss_function_that_would_not_be_called_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match="compute_loss_func"):
+        DistillationTrainer(
+            tiny("llama"),
+            tiny("llama", seed=1),
+            args=TrainingArguments(str(tmp_path), use_cpu=True),
+            compute_loss_func=lambda *_, **__: None,
+        )
+
+
+def test_facts_hold_every_option_that_changes_what_is_learned(tmp_path: Path) -> None:
+    technique = Distillation(tiny("llama", seed=1), loss="jsd", beta=0.3)
+    trainer(tiny("llama"), tmp_path, [technique])
+    facts = json.loads(json.dumps(technique.facts()))
+    assert (facts["teacher"], facts["loss"], facts["beta"]) == ("LlamaForCausalLM", "jsd", 0.3)
+    told = {f.name for f in dataclasses.fields(Distillation)} - {
+        "teacher_model",
+        "teacher_model_init_kwargs",
+        "teachers",
+    }
+    assert told <= facts.keys()
 
 
 def test_predictions_hold_logits_only(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from transformers import TrainerCallback
 
 from hf_compress.errors import CompressError
 from hf_compress.techniques.capture import Capture
@@ -80,6 +81,7 @@ def test_router_logits_are_the_router_s(name: str) -> None:
 def test_layer_maps() -> None:
     assert layer_map(None, 3, 6, where="") == layer_map("uniform", 3, 6, where="") == [(0, 1), (1, 3), (2, 5)]
     assert layer_map("last", 3, 6, where="") == [(2, 5)]
+    assert layer_map(None, 6, 2, where="") == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]  # a deeper student
     assert layer_map([0, 0, 4], 3, 6, where="") == [(0, 0), (1, 0), (2, 4)]
     for wrong, message in (
         ([0, 6, 1], "does not map"),
@@ -127,6 +129,21 @@ def test_each_feature_lowers_itself(tmp_path: Path) -> None:
     assert not run.model.model.layers[1]._forward_hooks
 
 
+def test_projections_begin_each_step_without_gradients(tmp_path: Path) -> None:
+    """The Trainer zeroes the model's gradients alone; what is left would add up from step to step."""
+    technique = Distillation(tiny("llama", seed=1, hidden_size=128), features={"hidden_mse": 1.0})
+    run = trainer(tiny("llama"), tmp_path, [technique])
+    left: list[bool] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            left.extend(p.grad is not None for p in technique.parameters())
+
+    run.add_callback(Watch())
+    run.train()
+    assert left == [False] * 8  # two projections, four steps
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_positions_weigh_alike_in_language_models_and_examples_in_classifiers(name: str, tmp_path: Path) -> None:
     student, teacher = tiny(name), tiny(name, seed=1)
@@ -143,7 +160,8 @@ def test_positions_weigh_alike_in_language_models_and_examples_in_classifiers(na
     else:
         mask = batch["attention_mask"]
         expected = ((each * mask).sum(1) / mask.sum(1)).mean()
-    torch.testing.assert_close(run._eval_logged["hidden_mse"][0], 0.5 * expected)
+    total, items = run._eval_logged["hidden_mse"][0]
+    torch.testing.assert_close(total / items, 0.5 * expected)
 
 
 def watched_on(model: Any, inputs: Any) -> torch.Tensor:
@@ -180,11 +198,35 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing")
+def test_checkpointing_that_keeps_no_gradient_inside_blocks_is_refused(tmp_path: Path) -> None:
+    """Reentrant: what is seen inside a block was computed without a graph, and the term would teach nothing."""
+    run = trainer(
+        tiny("llama"),
+        tmp_path,
+        [Distillation(tiny("llama", seed=1), features={"relations": 1.0})],
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )
+    with pytest.raises(CompressError, match="no gradient comes back"):
+        run.train()
+
+
+def test_attention_maps_after_dropout_are_refused(tmp_path: Path) -> None:
+    student, teacher = tiny("bert", attention_probs_dropout_prob=0.1), tiny("bert", seed=1)
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
+    run = trainer(student, tmp_path, [Distillation(teacher, features={"attention_kl": 1.0})])
+    assert run.evaluate()["eval_loss"] > 0  # no dropout here
+    with pytest.raises(CompressError, match="do not sum to 1"):
+        run.train()
+
+
 def test_attention_maps_need_eager_attention(tmp_path: Path) -> None:
     features = {"attention_kl": 1.0}
     with pytest.raises(CompressError, match="eager"):
         trainer(tiny("bert"), tmp_path, [Distillation(tiny("bert", seed=1), features=features)]).train()
-    student, teacher = tiny("bert"), tiny("bert", seed=1)
+    student, teacher = (tiny("bert", seed=seed, attention_probs_dropout_prob=0.0) for seed in (0, 1))
     for model in (student, teacher):
         model.set_attn_implementation("eager")
     run = trainer(student, tmp_path, [Distillation(teacher, features=features)])

@@ -18,7 +18,7 @@ from hf_compress.source import ModelSource
 from hf_compress.teacher_cache import cache_teacher
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.offline import Cache, Sampled, TopK, row_key
-from hf_compress.techniques.soft_targets import SoftTargets
+from hf_compress.techniques.soft_targets import Online, SoftTargets
 from tests.contracts.test_loss_scale import models
 from tests.models import tiny
 from tests.training import WORDS, collate, rows, save_reviews, save_tokenizer, trainer
@@ -76,6 +76,58 @@ def test_top_k_with_a_tail_has_no_gradient_at_equality_and_the_right_one_elsewhe
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), student)[0], rtol=1e-3, atol=1e-5)
     assert cached.learn(teacher.clone(), soft)[1].abs().max() < 1e-5
+
+
+def test_top_k_s_tail_is_exact_for_a_student_that_leaves_little_of_it() -> None:
+    """1 - the sum of what is kept, in fp32, would be mostly rounding."""
+    teacher, student = 2 * torch.randn(20, CLASSES), torch.randn(20, CLASSES)
+    student[:, 0] += torch.linspace(10, 22, 20)
+    teacher[:, 0] += 5
+    logs, ids = teacher.log_softmax(-1).topk(5)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        cached = TopK(ids, logs.to(dtype))
+        cached.chunk(torch.arange(20))
+        cached.block(slice(None))
+        found.append(cached.learn(student.to(dtype), SoftTargets("forward_kl"))[1].double())
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Sampled, TopK])
+def test_a_block_is_those_rows_of_its_chunk(kind: type[Sampled] | type[TopK]) -> None:
+    """Rows 4, 0, 2, 1 of a batch, of which the last two are asked for."""
+    ids, student = torch.stack([torch.randperm(CLASSES)[:6] for _ in range(5)]), torch.randn(2, CLASSES)
+    rest = torch.rand(5) if kind is Sampled else (torch.rand(5, 6) / 6).log()
+    cached, alone = kind(ids, rest), kind(ids[[2, 1]], rest[[2, 1]])
+    cached.chunk(torch.tensor([4, 0, 2, 1]))
+    cached.block(slice(2, 4))
+    alone.chunk(torch.arange(2))
+    alone.block(slice(None))
+    soft = SoftTargets("forward_kl", 2.0)
+    torch.testing.assert_close(cached.learn(student.clone(), soft), alone.learn(student.clone(), soft))
+
+
+def test_a_student_padded_to_more_classes_learns_the_teacher_s_only() -> None:
+    """As from the teacher itself: what the padding holds plays no part."""
+    teacher, student, soft = torch.randn(3, CLASSES), torch.randn(3, CLASSES + 8), SoftTargets("forward_kl", 2.0)
+    log_p = (teacher / 2).log_softmax(-1)
+    ids = draws(log_p.exp()[0], 300_000, 3)
+    logs, likeliest = log_p.topk(CLASSES - 1)
+    teachers = [
+        Online(lambda part: teacher[part]),
+        Sampled(ids, -(log_p.exp() * log_p).sum(-1), CLASSES),
+        TopK(likeliest, logs, CLASSES),
+    ]
+    found = []
+    for one in teachers:
+        one.chunk(torch.arange(3))
+        one.block(slice(None))
+        found.append(one.learn(student.clone(), soft))
+        assert found[-1][1].shape == student.shape
+        assert found[-1][1][:, CLASSES:].abs().max() == 0
+    for value, gradient in found[1:]:
+        torch.testing.assert_close(value[0], found[0][0][0], rtol=0.05, atol=0.01)
+        assert (gradient[0] - found[0][1][0]).abs().sum() < 0.03
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -14,6 +14,7 @@ from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 from tests.contracts.test_loss_scale import models
 from tests.models import tiny
+from tests.ranks import on_two_ranks
 from tests.training import collate, rows, trainer
 
 
@@ -53,6 +54,29 @@ def test_draws_are_those_of_the_student() -> None:
     learned = made["labels"][:, 1:] != -100
     assert torch.equal(logits[:, :-1].argmax(-1)[learned], made["labels"][:, 1:][learned])
     assert not torch.equal(made["input_ids"], continued(tiny("gpt2"), batch_of(), seed=0)["input_ids"])
+
+
+def test_draws_are_from_the_whole_vocabulary() -> None:
+    """A student that finds every token about as likely: 100 draws are of about 70 of its 128 tokens."""
+    model = tiny("gpt2", tie_word_embeddings=False)
+    model.lm_head.weight.data *= 1e-3
+    batch = {"input_ids": torch.full((100, 2), 5), "labels": torch.full((100, 2), 5)}
+    assert len(continued(model, batch, seed=0)["input_ids"][:, 1].unique()) > 55
+
+
+@pytest.mark.parametrize(
+    "its_own",
+    [{"num_beams": 2}, {"min_p": 0.9}, {"suppress_tokens": list(range(64))}, {"no_repeat_ngram_size": 1}],
+    ids=lambda its_own: next(iter(its_own)),
+)
+def test_how_a_model_likes_to_write_plays_no_part(its_own: dict[str, Any]) -> None:
+    """Its generation_config may ask for beams, cuts and penalties; draws are from the whole distribution."""
+    model = tiny("llama")
+    plain = continued(model, batch_of(), seed=0)
+    model.generation_config.update(**its_own)
+    kept = model.generation_config
+    assert torch.equal(continued(model, batch_of(), seed=0)["input_ids"], plain["input_ids"])
+    assert model.generation_config is kept
 
 
 def test_a_text_ends_at_the_end_token_or_where_the_row_did() -> None:
@@ -110,6 +134,52 @@ def test_the_share_of_batches(share: float, least: int, most: int, tmp_path: Pat
     assert least <= written <= most
     for first, second in zip(seen[::2], seen[1::2]):
         assert first[1] == sum(int((labels[:, 1:] != -100).sum()) for labels, _ in (first, second))
+
+
+def written_on_a_rank(folder: Path, share: float) -> dict[str, Any]:
+    """All rows are alike, so that only the draws tell the ranks apart."""
+    technique = Distillation(tiny("llama", seed=1), lmbda=share)
+    run = trainer(
+        tiny("llama"),
+        folder,
+        [technique],
+        task_weight=0.0,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    given = collate([rows()[2]] * 2)
+    run.data_collator = lambda _: dict(given)
+    seen: list[Any] = []
+    compute = run.compute_loss
+
+    def watched(model: Any, inputs: Any, *args: Any, **others: Any) -> Any:
+        seen.append((inputs["labels"].clone(), int(others["num_items_in_batch"])))
+        return compute(model, inputs, *args, **others)
+
+    run.compute_loss = watched
+    run.train()
+    weights = {k: v.clone() for k, v in run.model.state_dict().items()}
+    return {"given": given["labels"], "seen": seen, "weights": weights}
+
+
+def test_two_ranks_write_texts_of_their_own_and_stay_in_step(tmp_path: Path) -> None:
+    found = on_two_ranks(__name__, "written_on_a_rank(folder, 0.5)", tmp_path)
+    first, second = found
+    assert all(torch.equal(first["weights"][k], second["weights"][k]) for k in first["weights"])
+    wrote = [[bool((labels[:, 0] == -100).all()) for labels, _ in rank["seen"]] for rank in found]
+    assert wrote[0] == wrote[1]
+    assert True in wrote[0]
+    assert False in wrote[0]
+    for index, by_student in enumerate(wrote[0]):
+        ours, theirs = (rank["seen"][index][0] for rank in found)
+        alike = ours.shape == theirs.shape and torch.equal(ours, theirs)
+        assert alike != by_student
+        assert by_student or torch.equal(ours, first["given"])
+    for step in range(0, 6, 2):  # items: of both micro-batches of both ranks
+        both = [rank["seen"][step + i] for rank in found for i in (0, 1)]
+        items = sum(int((labels[:, 1:] != -100).sum()) for labels, _ in both)
+        assert {counted for _, counted in both} == {items}
 
 
 def test_beside_masks_fake_quantization_chunks_and_features(tmp_path: Path) -> None:

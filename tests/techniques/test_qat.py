@@ -1,9 +1,6 @@
 """What is trained is what ships: rounding is seen in the forward, absent from the state_dict, and left in the weights
 at the end."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from hf_compress.techniques.rounding import Rounding
 from hf_compress.trainer import QATTrainer
 from hf_compress.weights import weights
 from tests.models import tiny
+from tests.ranks import on_two_ranks
 from tests.training import collate, rows, trainer
 
 IDS = torch.arange(3, 19)[None]
@@ -215,23 +213,8 @@ def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     one = trained(tmp_path, FULL, per_device_train_batch_size=4)
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys, torch\nfrom pathlib import Path\nfrom tests.techniques.test_qat import FULL, trained\n"
-        "w = trained(Path(sys.argv[1]), FULL, per_device_train_batch_size=2)\n"
-        "import torch.distributed as dist\nassert dist.get_world_size() == 2\n"
-        "if dist.get_rank() == 0: torch.save(w, sys.argv[1] + '/two.pt')\ndist.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29627"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    torch.testing.assert_close(torch.load(tmp_path / "two.pt"), one, atol=2e-5, rtol=1e-3)
+    first, _ = on_two_ranks(__name__, "trained(folder, FULL, per_device_train_batch_size=2)", tmp_path)
+    torch.testing.assert_close(first, one, atol=2e-5, rtol=1e-3)
 
 
 RESUMED = {

@@ -1,13 +1,17 @@
 """Several teachers, packed teachers, teachers of other heads and tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import BertForTokenClassification, PreTrainedTokenizerFast
 
 from hf_compress.errors import CompressError
 from hf_compress.techniques.distillation import Distillation
+from hf_compress.techniques.soft_targets import Online, SoftTargets
+from hf_compress.weights import blocks_of
 from tests.models import tiny
 from tests.training import save_tokenizer, trainer
 
@@ -15,6 +19,23 @@ from tests.training import save_tokenizer, trainer
 def saved(folder: Path, name: str = "llama", seed: int = 1, **changes: int) -> str:
     tiny(name, seed=seed, **changes).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.mark.parametrize("given", ["model", "folder", "base"])
+def test_teachers_answer_without_dropout_and_gradients(given: str, tmp_path: Path) -> None:
+    """Also a model that was in train mode, and the student's own base, which goes back to train mode afterwards."""
+    student = tiny("llama")
+    teacher: Any = {"model": tiny("llama", seed=1).train(), "folder": saved(tmp_path / "a"), "base": "base"}[given]
+    if given == "base":
+        student = get_peft_model(student, LoraConfig(target_modules="all-linear", r=4))
+    technique = Distillation(teacher)
+    run = trainer(student, tmp_path, [technique], max_steps=2)
+    seen: list[tuple[bool, bool]] = []
+    blocks_of(technique._teachers[0])[0].register_forward_pre_hook(
+        lambda module, _: seen.append((module.training, torch.is_grad_enabled()))
+    )
+    run.train()
+    assert seen == ([(False, False), (True, True)] if given == "base" else [(False, False)]) * 2
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -95,6 +116,21 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
         technique.prepare(run)
 
 
+@pytest.mark.parametrize("sizes", [(20, 24), (24, 20)], ids=["teacher wider", "student wider"])
+def test_of_padded_vocabularies_the_common_classes_are_compared(sizes: tuple[int, int]) -> None:
+    student, teacher = (torch.randn(5, size, requires_grad=True) for size in sizes)
+    q, p = (x[:, :20].log_softmax(-1) for x in (student, teacher))
+    expected = (p.exp() * (p - q)).sum(-1)
+    (wanted,) = torch.autograd.grad(expected.sum(), student)
+    online = Online(lambda part: teacher.detach()[part])
+    online.chunk(torch.arange(5))
+    online.block(slice(None))
+    value, gradient = online.learn(student.detach().clone(), SoftTargets("forward_kl"))
+    torch.testing.assert_close((value, gradient), (expected, wanted), atol=1e-6, rtol=1e-5)
+    kl, _ = online.compare(student.detach().log_softmax(-1))
+    torch.testing.assert_close(kl, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_padded_vocabularies_share_what_both_have(tmp_path: Path) -> None:
     mine = PreTrainedTokenizerFast.from_pretrained(save_tokenizer(tmp_path))
     values = []
@@ -120,8 +156,8 @@ def test_padded_vocabularies_share_what_both_have(tmp_path: Path) -> None:
         ({"teachers": ["a", "b"], "teacher_weights": [1.0]}, "teacher_weights"),
         ({"teacher_model": "a", "teacher_bits": 3}, "teacher_bits"),
         ({"teacher_model": "a", "chunk_size": 0}, "chunk_size"),
-        ({"teacher_model": "a", "beta": 2.0}, "beta"),
-        ({"teacher_model": "a", "alpha": 1.0}, "alpha"),
+        ({"teacher_model": "a", "loss": "jsd", "beta": 2.0}, "beta"),
+        ({"teacher_model": "a", "loss": "skew_kl", "alpha": 1.0}, "alpha"),
         ({"teacher_model": "a", "loss": "hidden_mse"}, "features"),
         ({"teacher_model": "a", "teacher_model_init_kwargs": {"trust_remote_code": True}}, "trust_remote_code"),
         ({"teacher_model": "base"}, "no adapters"),
@@ -145,3 +181,9 @@ def test_padded_vocabularies_share_what_both_have(tmp_path: Path) -> None:
 def test_options_that_cannot_work_are_named(options: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(CompressError, match=message):
         trainer(tiny("llama"), tmp_path, [Distillation(**options)])
+
+
+def test_each_loss_says_the_range_of_its_options() -> None:
+    """What a mixture cannot have is forward KL to alpha-beta."""
+    Distillation("a", loss="alpha_beta", alpha=1.0, beta=0.0).check()
+    Distillation("a", loss="alpha_beta", alpha=0.5, beta=1.5).check()
