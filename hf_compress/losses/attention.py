@@ -1,4 +1,4 @@
-"""Attention maps: the student looks where the teacher looks. Needs eager attention and as many heads."""
+"""Attention maps: the student looks where the teacher looks. Needs as many heads."""
 
 from torch import Tensor
 

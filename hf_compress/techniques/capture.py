@@ -19,13 +19,17 @@ Place = tuple[str, int]
 
 
 class Capture:
-    """Keeps what passes through chosen places of a model while `on()`; hooks stay until `remove`."""
+    """Keeps what passes through chosen places of a model while `on()`; hooks stay until `remove`, and so does eager
+    attention, the only one that has maps to give, where attention is among the places."""
 
     def __init__(self, model: nn.Module, places: set[Place]) -> None:
         self.found: dict[Place, Any] = {}
         self._on, self._handles = False, list[Any]()
         base = base_of(model)
         self._config, family, blocks = base.config, family_of(base.config), blocks_of(model)
+        self._model, self._attended_by = base, base.config._attn_implementation
+        if any(kind == "attention" for kind, _ in places):
+            base.set_attn_implementation("eager")
         for place in sorted(places):
             kind, index = place
             if kind in ("hidden", "flow"):
@@ -65,6 +69,7 @@ class Capture:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._model.set_attn_implementation(self._attended_by)
 
 
 def _entering_and_leaving(inputs: tuple[Any, ...], output: Any, _: Any, *, flow: bool) -> Any:
@@ -79,9 +84,9 @@ def _appended(_: tuple[Any, ...], output: Tensor, before: tuple[Tensor, ...] | N
 def _attention_map(_: tuple[Any, ...], output: Any, before: Any) -> Tensor:
     if not isinstance(output, tuple) or output[1] is None:
         raise CompressError(
-            "this attention implementation keeps no maps",
+            "this model's attention gives no maps",
             where="distill.features",
-            next_step='load student and teacher with attn_implementation="eager", or take `relations`',
+            next_step="take `relations`, which need none",
         )
     maps: Tensor = output[1]
     if ((maps.detach().sum(-1, dtype=torch.float32) - 1).abs() > 0.02).any():

@@ -306,7 +306,7 @@ class Distillation(Technique):
             )
 
     def finalize(self, model: nn.Module) -> None:
-        for capture in self._captures:
+        for capture in reversed(self._captures):  # teacher and student may be one model
             capture.remove()
         self._terms, self._captures = [], []
 

@@ -55,7 +55,8 @@ def process(
         peer = name in ("gkd", "loss-trl")
         command = [str(args.peer) if peer else sys.executable, str(Path(__file__).with_name("distillation_arm.py"))]
         command += ["--arm", name, "--vocabulary", str(vocabulary), "--layers", str(layers), "--width", str(WIDTH)]
-        steps = 1 if which == "memory" else args.steps
+        short = layers == TRUNKS["head-heavy"]
+        steps = 1 if which == "memory" else args.steps * (4 if short else 1)
         command += ["--tokens", str(tokens), "--steps", str(steps), "--out", str(out.absolute())]
         alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         if which == "memory":  # else the C library keeps what is freed, more or less of it by chance
@@ -68,7 +69,7 @@ def process(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="python of an environment with TRL 1.16")
-    parser.add_argument("--steps", type=int, default=3, help="a process; the first warms up")
+    parser.add_argument("--steps", type=int, default=3, help="a process (the first warms up); four times: head-heavy")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each arm, in turn")
     parser.add_argument("--tokens", type=int, default=256, help="of a step; losses alone take four times as many")
     parser.add_argument("--report", action="store_true", help="run nothing more: a report of what has run")

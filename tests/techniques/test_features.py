@@ -214,24 +214,30 @@ def test_checkpointing_that_keeps_no_gradient_inside_blocks_is_refused(tmp_path:
 
 def test_attention_maps_after_dropout_are_refused(tmp_path: Path) -> None:
     student, teacher = tiny("bert", attention_probs_dropout_prob=0.1), tiny("bert", seed=1)
-    for model in (student, teacher):
-        model.set_attn_implementation("eager")
     run = trainer(student, tmp_path, [Distillation(teacher, features={"attention_kl": 1.0})])
     assert run.evaluate()["eval_loss"] > 0  # no dropout here
     with pytest.raises(CompressError, match="do not sum to 1"):
         run.train()
 
 
-def test_attention_maps_need_eager_attention(tmp_path: Path) -> None:
-    features = {"attention_kl": 1.0}
-    with pytest.raises(CompressError, match="eager"):
-        trainer(tiny("bert"), tmp_path, [Distillation(tiny("bert", seed=1), features=features)]).train()
-    student, teacher = (tiny("bert", seed=seed, attention_probs_dropout_prob=0.0) for seed in (0, 1))
-    for model in (student, teacher):
-        model.set_attn_implementation("eager")
-    run = trainer(student, tmp_path, [Distillation(teacher, features=features)])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_for_attention_maps_both_models_attend_eagerly_while_they_are_compared(name: str, tmp_path: Path) -> None:
+    calm = {"attention_probs_dropout_prob": 0.0} if name == "bert" else {}
+    student, teacher = (tiny(name, seed=seed, **calm) for seed in (0, 1))
+    run = trainer(student, tmp_path, [Distillation(teacher, features={"attention_kl": 1.0})])
+    assert {m.config._attn_implementation for m in (student, teacher)} == {"eager"}
     run.train()
     assert run.state.log_history[0]["loss_attention_kl"] > 0
+    assert {m.config._attn_implementation for m in (student, teacher)} == {"sdpa"}
+
+
+def test_attention_comes_back_where_the_teacher_is_the_model_under_its_adapters(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    student = tiny("llama")
+    adapted = get_peft_model(student, LoraConfig(target_modules="all-linear"))
+    trainer(adapted, tmp_path, [Distillation("base", features={"attention_kl": 1.0})]).train()
+    assert student.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(
