@@ -24,7 +24,7 @@ from hf_compress.oneshot.precision import bfloat16_is_fast
 from hf_compress.stages.base import Done, Stage, Work, refuse_after_export
 from hf_compress.techniques import Technique
 from hf_compress.techniques.distillation import Distillation
-from hf_compress.techniques.on_policy import check_on_policy
+from hf_compress.techniques.distillation_options import check_task_weight
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 from hf_compress.trainer import CompressionTrainer
@@ -109,7 +109,7 @@ class Train(Stage):
                     error.what, where=f"{where}: {error.where}".rstrip(": "), next_step=error.next_step
                 ) from error
         if self.distill is not None:
-            check_on_policy(self.distill.lmbda, self.task_weight)
+            check_task_weight(self.distill, self.task_weight)
         if "quantize" in work_kinds and (self.lora is None or self.prune is not None or self.qat is not None):
             raise CompressError(
                 "packed weights train only through LoRA, without masks and fake quantization",

@@ -24,10 +24,10 @@ from hf_compress.techniques.chunked import (
     head_of,
     head_stands_in,
 )
-from hf_compress.techniques.distillation_options import check_options, check_student
+from hf_compress.techniques.distillation_options import check_options, check_student, check_task_weight
 from hf_compress.techniques.features import FeatureTerm, feature_terms
 from hf_compress.techniques.offline import Cache
-from hf_compress.techniques.on_policy import check_on_policy, mixed
+from hf_compress.techniques.on_policy import mixed
 from hf_compress.techniques.ramp import ramp
 from hf_compress.techniques.soft_targets import FromOutputs, Objective, Online, SoftTargets, Teacher
 from hf_compress.techniques.teacher import BASE, answering, as_classes, check_vocabulary, load_teacher
@@ -153,7 +153,7 @@ class Distillation(Technique):
         self._measured, self._done = torch.zeros(3), 0.0
 
     def prepare(self, trainer: CompressionTrainer) -> None:
-        check_on_policy(self.lmbda, trainer.task_weight)
+        check_task_weight(self, trainer.task_weight)
         if self._cache is not None:
             self._cache.check(
                 temperature=self.temperature,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_compress.errors import CompressError
 from hf_compress.heads import head_of
 from hf_compress.losses import losses
-from hf_compress.source import is_missing_folder
+from hf_compress.source import is_missing_folder, local_path
 from hf_compress.techniques.features import check_features
 from hf_compress.techniques.ramp import RAMPS
 from hf_compress.techniques.teacher import BASE, OPTIONS
@@ -85,7 +85,7 @@ def check_options(given: Distillation) -> None:
         if is_so:
             raise CompressError(f"{name} {what}", where=f"distill.{name}")
     for name in read:
-        if is_missing_folder(name):
+        if is_missing_folder(local_path(name)):
             raise CompressError("no such folder", where=f"distill.teacher_model {name!r}", next_step="check the path")
 
 
@@ -104,6 +104,22 @@ def _check_types(given: Distillation) -> None:
             TypeAdapter(kind).validate_python(list(value) if isinstance(value, tuple) else value, strict=True)
         except ValidationError as error:
             raise CompressError(f"{error.errors()[0]['msg']} (got {value!r})", where=f"distill.{name}") from error
+
+
+def check_task_weight(given: Distillation, task_weight: float) -> None:
+    """Raise a CompressError for a task weight that does not go with the rest of the loss."""
+    if given.lmbda and task_weight:
+        raise CompressError(
+            "the student's own text has no labels to learn a task from",
+            where="distill.lmbda",
+            next_step="set task_weight: 0, or lmbda: 0",
+        )
+    if not task_weight >= 0 or not (task_weight or given.weight or given.weight_end or given.features):
+        raise CompressError(
+            "there is nothing to learn" if task_weight == 0 else f"task_weight {task_weight} is negative or no number",
+            where="task_weight",
+            next_step="give task_weight, distill.weight or distill.features a weight above 0",
+        )
 
 
 def check_student(given: Distillation, student: PreTrainedModel) -> None:

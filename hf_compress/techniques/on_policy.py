@@ -10,21 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from hf_compress.errors import CompressError
 from hf_compress.weights import base_of
 
 if TYPE_CHECKING:
     from hf_compress.trainer import CompressionTrainer
-
-
-def check_on_policy(share: float, task_weight: float) -> None:
-    """Raise a CompressError for a task loss: what a student wrote has no labels."""
-    if share and task_weight:
-        raise CompressError(
-            "the student's own text has no labels to learn a task from",
-            where="distill.lmbda",
-            next_step="set task_weight: 0, or lmbda: 0",
-        )
 
 
 def mixed(trainer: CompressionTrainer, batches: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:

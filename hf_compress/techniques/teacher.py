@@ -15,6 +15,7 @@ from hf_compress.bnb_guard import disable_cpu_packing, unfit
 from hf_compress.errors import CompressError
 from hf_compress.families import expert_options
 from hf_compress.heads import distribution, head_of
+from hf_compress.source import local_path
 from hf_compress.weights import base_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _AUTO = {
 
 
 def load_teacher(given: Any, student: nn.Module, *, init: dict[str, Any], bits: int | None) -> nn.Module:
-    """The teacher, in eval mode, its parameters frozen. given: a name or path, ``base``, or a model.
+    """The teacher, in eval mode, its parameters frozen. given: a name or path (package:// too), ``base``, or a model.
 
     Raises:
         CompressError: `base` without adapters; a folder or repository that holds no such model, or only part of its
@@ -48,7 +49,7 @@ def load_teacher(given: Any, student: nn.Module, *, init: dict[str, Any], bits: 
         return student
     if isinstance(given, str):
         try:
-            teacher: nn.Module = _read(given, head_of(base_of(student)), init, bits)
+            teacher: nn.Module = _read(local_path(given), head_of(base_of(student)), init, bits)
         except (OSError, ValueError) as error:
             raise CompressError(
                 f"cannot read the teacher: {str(error).splitlines()[0]}",

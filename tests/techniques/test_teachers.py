@@ -38,6 +38,29 @@ def test_teachers_answer_without_dropout_and_gradients(given: str, tmp_path: Pat
     assert seen == ([(False, False), (True, True)] if given == "base" else [(False, False)]) * 2
 
 
+def test_a_teacher_may_lie_in_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path / "some_teachers" / "small")
+    monkeypatch.syspath_prepend(tmp_path)
+    technique = Distillation("package://some_teachers/small")
+    trainer(tiny("llama"), tmp_path, [technique])
+    assert torch.equal(technique._teachers[0].lm_head.weight, tiny("llama", seed=1).lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("task_weight", "options", "what"),
+    [
+        (0.0, {"weight": 0.0}, "nothing to learn"),
+        (-1.0, {}, "task_weight -1.0 is negative"),
+        (float("nan"), {}, "task_weight nan is negative"),
+    ],
+)
+def test_a_loss_of_nothing_or_away_from_the_task_is_refused(
+    task_weight: float, options: dict[str, float], what: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CompressError, match=what):
+        trainer(tiny("llama"), tmp_path, [Distillation(tiny("llama", seed=1), **options)], task_weight=task_weight)
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_several_teachers_are_a_weighted_mean(chunked: bool, tmp_path: Path) -> None:
     a, b = saved(tmp_path / "a", seed=1), saved(tmp_path / "b", seed=2)
