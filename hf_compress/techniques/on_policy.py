@@ -50,7 +50,6 @@ def continued(model: Any, batch: dict[str, Any], *, seed: int) -> dict[str, Tens
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=max(room),
         eos_token_id=end,
         pad_token_id=max(0, int(ends[0])),
     )
@@ -60,16 +59,12 @@ def continued(model: Any, batch: dict[str, Any], *, seed: int) -> dict[str, Tens
         model.eval()
         model.generation_config = options  # generate() would take penalties, cuts and beams from the model's own
         try:
-            written = model.generate(
-                input_ids=pad_sequence(prompts, batch_first=True, padding_side="left"),
-                attention_mask=pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left"),
-                generation_config=options,
-            )
+            written = [row for group in _together(model, prompts, room) for row in _written(model, *group, options)]
         finally:
             model.train(training)
             model.generation_config = its_own
     rows, labels = [], []
-    for prompt, most, row in zip(prompts, room, written[:, max(map(len, prompts)) :], strict=True):
+    for prompt, most, row in zip(prompts, room, written, strict=True):
         over = torch.isin(row, ends).nonzero()
         new = row[: min(most, int(over[0]) + 1 if len(over) else most)]
         rows.append(torch.cat([prompt, new]))
@@ -79,3 +74,20 @@ def continued(model: Any, batch: dict[str, Any], *, seed: int) -> dict[str, Tens
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
     }
+
+
+def _together(model: Any, prompts: list[Tensor], room: list[int]) -> list[tuple[list[Tensor], list[int]]]:
+    """Prompts and room of what is written in one go: all rows, or each alone where the longest prompt and the longest
+    continuation, which are of different rows, would together pass the model's last position."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or max(map(len, prompts)) + max(room) <= limit:
+        return [(prompts, room)]
+    return [([prompt], [most]) for prompt, most in zip(prompts, room, strict=True)]
+
+
+def _written(model: Any, prompts: list[Tensor], room: list[int], options: GenerationConfig) -> list[Tensor]:
+    """What follows each prompt, and perhaps more than it has room for."""
+    ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
+    options.max_new_tokens = max(room)
+    return list(model.generate(input_ids=ids, attention_mask=mask, generation_config=options)[:, ids.shape[1] :])

@@ -43,6 +43,23 @@ def test_prompts_stay_and_continuations_are_what_is_learned(left: bool) -> None:
     assert not torch.equal(made["input_ids"], given["input_ids"])
 
 
+@pytest.mark.parametrize("positions", [16, 128])
+def test_no_position_is_passed_where_prompts_differ_in_length(positions: int) -> None:
+    """Rows as long as the model's positions: a long prompt and a long continuation are not of one row. Where all fit
+    together they are written together."""
+    model = tiny("gpt2", n_positions=positions)
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :3], labels[1, :14] = -100, -100
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    made = continued(model, {"input_ids": ids, "labels": labels}, seed=0)
+    assert len(calls) == (13 + 2 if positions == 16 else 13)
+    assert ((made["labels"] != -100) == (labels != -100)).all()
+    assert torch.equal(made["input_ids"][labels == -100], ids[labels == -100])
+
+
 def test_draws_are_those_of_the_student() -> None:
     """A student whose likeliest token has nearly all of the probability writes that token, each position its own."""
     model = tiny("gpt2", tie_word_embeddings=False)
