@@ -188,7 +188,7 @@ class _FromHidden(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         sums = torch.zeros(4, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
+        grad_weight: Tensor | None = None  # begun by the first product: zeros would be one more pass over it
         grad_bias = torch.zeros(len(weight), device=weight.device) if need_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in rows.split(size or min(MOST, max(LEAST, len(rows) // 8))):
@@ -209,11 +209,16 @@ class _FromHidden(torch.autograd.Function):
                     grad_bias += logits.float().sum(0)
                 if grad_hidden is not None:
                     grad_hidden[part] = (logits @ product.weight).to(hidden.dtype)
-                if grad_weight is not None:
-                    if product.dtype == torch.float32:
-                        grad_weight.addmm_(logits.T, x)
-                    else:
-                        grad_weight += logits.T @ x
+                if not need_weight:
+                    continue
+                if grad_weight is None:
+                    grad_weight = (logits.T @ x).float()
+                elif product.dtype == torch.float32:
+                    grad_weight.addmm_(logits.T, x)
+                else:
+                    grad_weight += logits.T @ x
+        if need_weight and grad_weight is None:  # other ranks wait for it
+            grad_weight = torch.zeros(weight.shape, device=weight.device)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(sums)
         return objective.soft_weight * sums[1] + objective.task_weight * sums[0], sums

@@ -190,7 +190,7 @@ def test_training_is_that_of_whole_logits(name: str, tied: bool, tmp_path: Path)
 
     def run(chunked: bool) -> dict[str, Tensor]:
         student, teacher = tiny(name, tie_word_embeddings=tied), tiny(name, seed=1, **{size: 128})
-        return weights_after(student, teacher, tmp_path, chunked=chunked, chunk_size=7)
+        return weights_after(student, teacher, tmp_path, chunked=chunked, chunk_size=7 if chunked else None)
 
     torch.testing.assert_close(run(True), run(False), atol=2e-5, rtol=1e-4)
 
@@ -217,7 +217,11 @@ def other(kind: str, seed: int = 0, **changes: Any) -> Any:
 def test_what_a_model_does_after_its_head_is_followed(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     def run(chunked: bool) -> dict[str, Tensor]:
         return weights_after(
-            other(kind, **changes), other(kind, 1, **changes), tmp_path, chunked=chunked, chunk_size=5
+            other(kind, **changes),
+            other(kind, 1, **changes),
+            tmp_path,
+            chunked=chunked,
+            chunk_size=5 if chunked else None,
         )
 
     torch.testing.assert_close(run(True), run(False), atol=2e-5, rtol=1e-4)
@@ -289,7 +293,7 @@ class _Watch:
 def test_no_tensor_of_the_vocabulary_is_larger_than_a_chunk(chunked: bool, tmp_path: Path) -> None:
     """Training, and evaluation without metrics; with metrics the logits are wanted."""
     student, teacher = tiny("llama", vocab_size=333), tiny("llama", seed=1, vocab_size=333)
-    run = trainer(student, tmp_path, [Distillation(teacher, chunked=chunked, chunk_size=3)])
+    run = trainer(student, tmp_path, [Distillation(teacher, chunked=chunked, chunk_size=3 if chunked else None)])
     with _Watch(333) as watch:
         run.train()
         metrics = run.evaluate()
@@ -339,7 +343,10 @@ def test_encoder_decoder(tmp_path: Path) -> None:
         torch.manual_seed(seed)
         return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **shape)).eval()
 
-    found = [weights_after(t5(0), t5(1), tmp_path, chunked=chunked, chunk_size=5) for chunked in (True, False)]
+    found = [
+        weights_after(t5(0), t5(1), tmp_path, chunked=chunked, chunk_size=5 if chunked else None)
+        for chunked in (True, False)
+    ]
     torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
 
 
