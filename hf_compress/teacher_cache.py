@@ -20,7 +20,7 @@ from hf_compress.heads import head_of as kind_of
 from hf_compress.heads import targets
 from hf_compress.source import ModelSource, load_model, weight_files
 from hf_compress.techniques.chunked import ask, head_of
-from hf_compress.techniques.offline import MANIFEST, row_key, teacher_hash, tokenizer_hash
+from hf_compress.techniques.offline import MANIFEST, is_whole, row_key, teacher_hash, tokenizer_hash
 
 ROWS = 256  # of the data, in a shard
 BATCH = 8
@@ -44,9 +44,9 @@ def cache_teacher(
 
     kind: ``samples``, draws from softmax(logits / temperature), unbiased; or ``topk``, the likeliest classes and
     their log-probabilities. samples: how many of either at each position; about 12 suffice. part: (i, n) makes every
-    n-th shard from the i-th, for n processes at once. Shards that exist are not made again, so an interrupted
-    command goes on; one is the same whoever makes it. vocabulary: the student's; of padded vocabularies only what both
-    have is kept.
+    n-th shard from the i-th, for n processes at once. Shards that are whole are not made again, so an interrupted
+    command goes on; one is the same whoever makes it. vocabulary: the student's; of padded vocabularies only what
+    both have is kept.
 
     Raises:
         CompressError: the folder holds another cache; not a causal language model; streamed rows; the teacher's
@@ -94,7 +94,7 @@ def cache_teacher(
     head = head_of(model)
     for shard in range(part[0], shards, part[1]):
         file = folder / f"{shard:05d}.parquet"
-        if file.exists() and file.with_suffix(".json").exists():
+        if is_whole(file):
             continue
         made = torch.Generator(model.device).manual_seed(seed * 1_000_003 + shard)
         found: list[dict[str, Any]] = []

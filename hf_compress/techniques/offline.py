@@ -96,6 +96,15 @@ def teacher_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def is_whole(shard: Path) -> bool:
+    """Whether a shard is all there, by the hash in the note beside it, which is written last."""
+    try:
+        known = json.loads(shard.with_suffix(".json").read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return shard.exists() and bool(sha256(shard) == known)
+
+
 class Cache:
     """What `cache_teacher` wrote, checked before any work.
 
@@ -114,16 +123,15 @@ class Cache:
         except (ValueError, KeyError) as error:
             raise self._error(f"{MANIFEST} is damaged", "remove this folder and make the cache anew") from error
         for file in files:
-            note = file.with_suffix(".json")
-            if not file.exists() or not note.exists():
+            if not file.exists():
                 raise self._error(
                     f"the cache is not finished: {file.name} is missing",
                     "run the cache-teacher command again to go on",
                 )
-            if sha256(file) != json.loads(note.read_text())["sha256"]:
+            if not is_whole(file):
                 raise self._error(
                     f"{file.name} is not what was written: cut off or changed",
-                    f"remove {file.name} and run the cache-teacher command again: only that shard is made anew",
+                    "run the cache-teacher command again: only that shard is made anew",
                 )
         rows = load_dataset("parquet", data_files=[str(f) for f in files], split="train")
         assert isinstance(rows, Dataset)

@@ -84,6 +84,7 @@ ARMS: dict[str, Any] = {
     "+ expert_usage": _with(expert_usage=0.1),
     "+ relations + hidden_cosine": _with(relations=0.5, hidden_cosine=0.5),
     "+ fsp + hidden_l2": _with(fsp=0.5, hidden_l2=0.5),
+    "+ attention_mse + cka": _with(attention_mse=0.5, cka=0.5),
     "+ relations + hidden_cosine, without labels": _with(relations=0.5, hidden_cosine=0.5)
     | {"task_weight": 0.0, "weight": 1.0},
     "staged: relations and hidden_cosine, then forward_kl": [

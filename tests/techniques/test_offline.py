@@ -225,8 +225,14 @@ def test_damaged_stale_and_foreign_caches_are_refused(teacher: Path, tmp_path: P
     run.train_dataset = rows().map(lambda row: {"input_ids": row["input_ids"][1:], "labels": row["labels"][1:]})
     with pytest.raises(CompressError, match="not in the cache"):
         run.train()
-    damaged(cache)
-    with pytest.raises(CompressError, match="cut off or changed"):
+    shard, note = cache / "00000.parquet", cache / "00000.json"
+    whole = shard.read_bytes()
+    for spoil in (lambda: damaged(cache), lambda: note.write_text('{"rows"'), note.unlink):
+        spoil()
+        with pytest.raises(CompressError, match=r"cut off or changed[\s\S]*run the cache-teacher command again"):
+            attempt()
+        write(teacher, cache)
+        assert shard.read_bytes() == whole
         attempt()
     (cache / "cache.json").unlink()
     with pytest.raises(CompressError, match="no teacher cache"):
