@@ -70,6 +70,13 @@ class CompressionTrainer(PublishingTrainer):
                 where="TrainingArguments",
                 next_step="train on one device or with plain DDP (torchrun), without label smoothing",
             )
+        if args.n_gpu > 1 and getattr(model, "hf_device_map", None) is None:
+            raise CompressError(
+                f"one process would copy the model to {args.n_gpu} GPUs at every step (nn.DataParallel), and what "
+                "techniques attach to it would be shared by threads",
+                where="TrainingArguments",
+                next_step=f"torchrun --nproc_per_node {args.n_gpu} SCRIPT for all, CUDA_VISIBLE_DEVICES=0 for one",
+            )
         if others.get("compute_loss_func") is not None:
             raise CompressError(
                 "the task loss is the model's own, and compute_loss_func would not be called",

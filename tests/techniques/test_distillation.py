@@ -136,6 +136,14 @@ def test_a_loss_function_that_would_not_be_called_is_refused(tmp_path: Path) -> 
         )
 
 
+def test_one_process_with_several_gpus_is_refused(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with pytest.raises(CompressError, match=r"to 2 GPUs[\s\S]*torchrun --nproc_per_node 2"):
+        DistillationTrainer(tiny("llama"), tiny("llama", seed=1), args=args)
+
+
 def test_facts_hold_every_option_that_changes_what_is_learned(tmp_path: Path) -> None:
     technique = Distillation(tiny("llama", seed=1), loss="jsd", beta=0.3)
     trainer(tiny("llama"), tmp_path, [technique])
