@@ -16,17 +16,22 @@ from hf_compress.evaluation import Evaluate
 from hf_compress.families import families
 from hf_compress.hub import Publish
 from hf_compress.losses import losses
+from hf_compress.losses import options_of as loss_options
 from hf_compress.oneshot.solvers import options_of as solver_options
 from hf_compress.oneshot.solvers import solvers
 from hf_compress.recipe import shipped
-from hf_compress.registry import Registry
+from hf_compress.registry import Entry, Registry
 from hf_compress.source import ModelSource
 from hf_compress.stages import STAGES
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 
-OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {"backends": backend_options, "solvers": solver_options}
+OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "backends": backend_options,
+    "losses": loss_options,
+    "solvers": solver_options,
+}
 
 
 def listing(what: str) -> list[tuple[str, str, str]]:
@@ -39,7 +44,8 @@ def listing(what: str) -> list[tuple[str, str, str]]:
         "solvers": solvers,
     }
     if what in registries:
-        return [(entry.name, entry.summary + _options(what, entry.name), entry.paper) for entry in registries[what]]
+        named = registries[what]
+        return [(e.name, _asked_by(e) + e.summary + _options(what, e.name), e.paper) for e in named]
     if what == "recipes":
         return [(name, path.read_text().splitlines()[0].lstrip("# "), "") for name, path in shipped().items()]
     if what == "techniques":
@@ -57,6 +63,12 @@ def listing(what: str) -> list[tuple[str, str, str]]:
         f"nothing to list called {what!r}",
         next_step=did_you_mean(what, [*registries, "recipes", "stages", "techniques", *sections]),
     )
+
+
+def _asked_by(entry: Entry[Any]) -> str:
+    """The key of `distill` that a loss is a value of."""
+    kind = entry.traits.get("kind")
+    return "" if kind is None else "loss: " if kind in ("logits", "values") else "features: "
 
 
 def _options(what: str, name: str) -> str:

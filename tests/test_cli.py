@@ -38,6 +38,8 @@ def test_the_module_runs_as_the_command_does(module: str) -> None:
     + [
         ("solvers", "rtn"),
         ("solvers", "act_order (True)"),
+        ("losses", "features: 1 - debiased"),
+        ("losses", "relation_heads (4)"),
         ("backends", "double_quant"),
         ("criteria", "[H^-1]_jj"),
         ("prune", "budget"),

@@ -1,6 +1,7 @@
 """Distillation losses: pure functions from student and teacher tensors, one file each."""
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,12 @@ Trait `options`: the names of the options it takes.
 """
 
 losses: Registry[Loss] = Registry("loss", __name__)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """What may be asked of a loss: name -> default."""
+    entry = losses.entry(name)
+    return {option: signature(entry.value).parameters[option].default for option in entry.traits.get("options", ())}
 
 
 def masked_mean(value: Tensor, mask: Tensor) -> Tensor:
