@@ -36,8 +36,8 @@ def load_teacher(given: Any, student: nn.Module, *, init: dict[str, Any], bits: 
     """The teacher, in eval mode, its parameters frozen. given: a name or path (package:// too), ``base``, or a model.
 
     Raises:
-        CompressError: `base` without adapters; a folder or repository that holds no such model, or only part of its
-        weights; a head that answers another question than the student's.
+        CompressError: `base` without adapters; the student itself; a folder or repository that holds no such model,
+        or only part of its weights; a head that answers another question than the student's.
     """
     if given == BASE:
         if not hasattr(student, "disable_adapter"):
@@ -58,6 +58,12 @@ def load_teacher(given: Any, student: nn.Module, *, init: dict[str, Any], bits: 
                 "stages are known inside a recipe only",
             ) from error
         disable_cpu_packing(teacher)
+    elif base_of(given) is base_of(student):
+        raise CompressError(
+            "the teacher is the student itself, and would be frozen",
+            where="distill.teacher_model",
+            next_step="copy.deepcopy(model), the folder it came from, or `base` under adapters",
+        )
     else:
         teacher = given
     _check_head(base_of(student), base_of(teacher))

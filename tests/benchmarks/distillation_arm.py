@@ -6,6 +6,7 @@ Arms that run whole training steps (SGD, batches of one sequence, teacher as lar
     floor     Trainer: the teacher's forward, and a plain step of the student
     whole     CompressionTrainer, forward KL and cross-entropy, from whole logits
     chunked   the same with chunked: true
+    soft      chunked, forward KL without cross-entropy
     gkd       TRL's GKDTrainer with lmbda = 0 and beta = 0 (forward KL without cross-entropy)
 Arms that run forward KL at T = 2 and its backward on given hidden states of student and teacher:
     loss-naive, loss-chunked, loss-trl (TRL's chunked divergence, as its DistillationTrainer calls it)
@@ -147,9 +148,10 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
             )
             trainer = GKDTrainer(student, teacher, options, processing_class=words(), **common)
         else:
-            technique = Distillation(teacher, temperature=2.0, chunked=args.arm == "chunked")
+            technique = Distillation(teacher, temperature=2.0, chunked=args.arm != "whole")
+            task_weight = 0.0 if args.arm == "soft" else 0.5
             trainer = CompressionTrainer(
-                student, techniques=[technique], task_weight=0.5, args=TrainingArguments(**settings), **common
+                student, techniques=[technique], task_weight=task_weight, args=TrainingArguments(**settings), **common
             )
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -46,6 +46,12 @@ def test_a_teacher_may_lie_in_an_installed_package(tmp_path: Path, monkeypatch: 
     assert torch.equal(technique._teachers[0].lm_head.weight, tiny("llama", seed=1).lm_head.weight)
 
 
+def test_the_student_is_not_its_own_teacher(tmp_path: Path) -> None:
+    student = tiny("llama")
+    with pytest.raises(CompressError, match="the student itself"):
+        trainer(student, tmp_path, [Distillation(student)])
+
+
 @pytest.mark.parametrize(
     ("task_weight", "options", "what"),
     [
