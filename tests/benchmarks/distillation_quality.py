@@ -73,6 +73,7 @@ ARMS: dict[str, Any] = {
     "+ squarehead": _with(squarehead=0.5),
     "+ hidden_l2": _with(hidden_l2=0.5),
     "+ hidden_cosine": _with(hidden_cosine=0.5),
+    "forward_kl, no attention dropout": HALF,  # the control of the next two, whose maps must not be dropped
     "+ attention_kl": _with(attention_kl=0.5),
     "+ attention_mse": _with(attention_mse=0.5),
     "+ relations": _with(relations=0.5),
