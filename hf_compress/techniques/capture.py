@@ -28,7 +28,8 @@ class Capture:
         base = base_of(model)
         self._config, family, blocks = base.config, family_of(base.config), blocks_of(model)
         self._model, self._attended_by = base, base.config._attn_implementation
-        if any(kind == "attention" for kind, _ in places):
+        self._eager = any(kind == "attention" for kind, _ in places)
+        if self._eager:
             base.set_attn_implementation("eager")
         for place in sorted(places):
             kind, index = place
@@ -69,7 +70,8 @@ class Capture:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._model.set_attn_implementation(self._attended_by)
+        if self._eager:
+            self._model.set_attn_implementation(self._attended_by)
 
 
 def _entering_and_leaving(inputs: tuple[Any, ...], output: Any, _: Any, *, flow: bool) -> Any:
