@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_compress.calibration import tokens_in
 from hf_compress.errors import CompressError
 from hf_compress.grids import Grid
 from hf_compress.observers import OBSERVERS, Observer, percentile
 from hf_compress.selection import without
 from hf_compress.source import require_unquantized
 from hf_compress.techniques.base import Technique
+from hf_compress.techniques.calibrated_start import solved, training_batches
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.inputs import Inputs
 from hf_compress.techniques.lora import check_teacher, merge_in_forward
@@ -62,6 +64,14 @@ class QAT(Technique):
         default="search",
         metadata={"help": "lsq begins with scales of least squared error (search), or with its paper's (mean)"},
     )
+    start: str = field(
+        default="dense",
+        metadata={
+            "help": "rounding begins from the weights as they are (dense), or from what the one-shot solver makes of "
+            "them on training text (gptq: with lsq, or nf4 and fp4)"
+        },
+    )
+    samples: int = field(default=128, metadata={"help": "rows of training text that `start: gptq` reads"})
     scale_rate: float = field(
         default=10.0, metadata={"help": "lsq: learning rate of the scales' logarithms, over that of the weights"}
     )
@@ -125,11 +135,17 @@ class QAT(Technique):
         parts = self._parts(model)
         everything = [weight for several in parts for weight in several]
         self._adapted = merge_in_forward(model, everything, where="qat")
+        if self._adapted and self.start == "gptq":
+            raise CompressError(
+                "gptq would round the base of the adapters, and what trains is W + BA",
+                where="qat.start",
+                next_step="train whole weights, or leave start out",
+            )
         learn = self.method == "lsq"
         self._weights = everything
         self._roundings = [Rounding(several, self.grid, learn=learn, start=self.scale_start) for several in parts]
         self._scales: dict[str, Tensor] | None = None
-        self._on, self._first, self._freeze = False, 0, -1
+        self._on, self._first, self._freeze, self._read = False, 0, -1, 0
         modules: dict[nn.Module, dict[str, tuple[str, Change]]] = defaultdict(dict)
         for rounding in self._roundings:
             layer, change = self._adapted.get(rounding.name), partial(self._change, rounding)
@@ -139,7 +155,7 @@ class QAT(Technique):
                 layer.changes.append(change)
         self._hooks = [hook for module, changes in modules.items() for hook in shadow(module, changes)]
         self._inputs = self._watched()
-        if self.begin == 0:
+        if self.begin == 0 and self.start == "dense":
             self._start()
 
     def _parts(self, model: nn.Module) -> list[list[Weight]]:
@@ -174,9 +190,14 @@ class QAT(Technique):
         return rounding.parts[0].whole if layer is None else layer.weight()
 
     def _start(self) -> None:
+        scales: Mapping[str, Tensor] = {}
+        if self.start == "gptq":
+            batches = training_batches(self._trainer, self.samples)
+            self._read = tokens_in(batches)
+            scales = solved(self._trainer.model, self._weights, self.grid, batches)
         self._on = True
         for rounding in self._roundings:
-            rounding.begin(self._stored(rounding))
+            rounding.begin(self._stored(rounding), scales)
         if self._inputs is not None:
             self._inputs.on = True
 
@@ -190,6 +211,7 @@ class QAT(Technique):
                 where="qat.activations",
                 next_step="leave activations out, or load the teacher from a folder",
             )
+        self._trainer = trainer
         for rounding in self._roundings:
             rounding.to(trainer.args.device)
 
@@ -270,14 +292,19 @@ class QAT(Technique):
         return self._scales
 
     def facts(self) -> dict[str, Any]:
-        acts = {"activations": self.activations, "ranges": self.ranges} if self.activations is not None else {}
+        more: dict[str, Any] = {}
+        if self.activations is not None:
+            more |= {"activations": self.activations, "ranges": self.ranges}
+        if self.start != "dense":
+            more |= {"calibration_tokens": self._read}
         return {
             "bits": self.bits,
             "group_size": self.group_size,
             "kind": self.kind,
             "method": self.method,
+            "start": self.start,
             "begin": self.begin,
             "freeze_after": self.freeze_after,
             "weights": len(self._weights),
             "notes": notes(self),
-        } | acts
+        } | more

@@ -14,25 +14,27 @@ if TYPE_CHECKING:
     from hf_compress.techniques.qat import QAT
 
 METHODS = ("ste", "lsq")
-STARTS = ("search", "mean")
+SCALE_STARTS = ("search", "mean")
+STARTS = ("dense", "gptq")
 RANGES = ("token", *OBSERVERS)
 
 
 def check_options(options: QAT) -> None:
     """Raise a CompressError, at the recipe key, for values that do not exist or do not go together."""
-    for key, known in {"kind": KINDS, "method": METHODS, "ranges": RANGES, "scale_start": STARTS}.items():
+    known_words = {"kind": KINDS, "method": METHODS, "ranges": RANGES, "scale_start": SCALE_STARTS, "start": STARTS}
+    for key, known in known_words.items():
         given = getattr(options, key)
         if given not in known:
             raise CompressError(
                 f"unknown {key} {given!r}", where=f"qat.{key}", next_step=did_you_mean(str(given), known)
             )
-    for key in ("bits", "group_size", "activations"):
+    for key in ("bits", "group_size", "activations", "samples"):
         given = getattr(options, key)
-        if type(given) is not int and (given is not None or key == "bits"):
+        if type(given) is not int and (given is not None or key in ("bits", "samples")):
             raise CompressError(f"{given!r} is no whole number", where=f"qat.{key}", next_step="leave out quotes")
     number, unit = parse_when(options.begin, where="qat.begin")
     frozen = None if options.freeze_after is None else parse_when(options.freeze_after, where="qat.freeze_after")
-    acts = options.activations
+    acts, solved = options.activations, options.start == "gptq"
     wrong = {
         (f"{options.bits} bits are not between 2 and 8", "bits"): not 2 <= options.bits <= 8,
         (f"{options.kind} has 4 bits", "bits"): options.kind in ("nf4", "fp4") and options.bits != 4,
@@ -46,6 +48,13 @@ def check_options(options: QAT) -> None:
         and frozen[1] == unit
         and frozen[0] <= number,
         (f"a rate of {options.scale_rate} does not train", "scale_rate"): options.scale_rate <= 0,
+        (f"{options.samples} rows are none to calibrate on", "samples"): options.samples < 1,
+        (f"gptq has no form for {options.kind}", "start"): solved and options.kind not in ("int", "nf4", "fp4"),
+        ("ste would find other scales than gptq chose; method: lsq keeps them", "start"): solved
+        and options.kind == "int"
+        and options.method == "ste",
+        ("lsq begins with gptq's scales, so this would do nothing", "scale_start"): solved
+        and options.scale_start != "search",
     }
     for (what, where), is_so in wrong.items():
         if is_so:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +52,16 @@ class Rounding:
         return (stored.T if self.parts[0].transposed else stored.flatten(0, -2)).to(self._dtype)
 
     @torch.no_grad()
-    def begin(self, stored: Tensor) -> None:
-        """Fit the codebook, and learned scales, to the weights as they are now."""
+    def begin(self, stored: Tensor, scales: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Fit the codebook, and learned scales, to the weights as they are now. scales: by weight name, (out, groups)
+        that they stand on already."""
         rows = self._rows(stored)
         if self.grid.kind == "codebook":
             self.grid = k_means(rows, self.grid.bits, self.grid.group_size)
         if self.theta is not None:
-            if self.grid.kind == "uint":
+            if scales:
+                scale = torch.cat([scales[part.name] for part in self.parts])
+            elif self.grid.kind == "uint":
                 scale, self._kept["zero"] = spanning(rows, self.grid)  # type: ignore[assignment]
             else:
                 scale = first_scales(rows, self.grid) if self._start == "mean" else searched_scales(rows, self.grid)

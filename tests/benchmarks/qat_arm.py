@@ -24,7 +24,12 @@ from hf_compress.weights import weights
 
 DENSE, PEER = "dense", "torchao QAT"
 UNTRAINED = {"rtn": "rtn", "gptq": "gptq"}
-METHODS = {"QAT": ("lsq", False), "QAD": ("lsq", True), "QAD, ste": ("ste", True)}  # method, distilled
+METHODS = {  # method, distilled, start
+    "QAT": ("lsq", False, "dense"),
+    "QAD": ("lsq", True, "dense"),
+    "QAD, ste": ("ste", True, "dense"),
+    "QAD from gptq": ("lsq", True, "gptq"),
+}
 GROUP = 32
 
 
@@ -89,8 +94,8 @@ def made(arm: Arm, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
         options = {"samples": task.calibration, "vocab_size": model.config.vocab_size, "seed": arm.seed}
         compress_blocks(model, calibration_batches(task.data, **options) if solver.needs else [], solver)
         return model, {}
-    method, distilled = METHODS[arm.method]
-    techniques: list[Any] = [QAT(arm.bits, GROUP, method=method)]
+    method, distilled, start = METHODS[arm.method]
+    techniques: list[Any] = [QAT(arm.bits, GROUP, method=method, start=start, samples=task.calibration)]
     if distilled:
         options = {"teacher_model_init_kwargs": expert_options(model.config), "temperature": task.temperature}
         techniques.append(Distillation(str(task.folder), **options))

@@ -9,6 +9,7 @@ attention, FFN and expert matrix has symmetric integers in groups of 32 inputs, 
     rtn, gptq        after training: nearest at the largest weight; the solver of this library with its defaults
     QAT              trained on the labels, learned scales
     QAD (, ste)      trained on the dense model's answers alone (forward KL), learned scales (or the largest weight)
+    QAD from gptq    as QAD, begun from what gptq makes of the same calibration rows
     torchao QAT      the peer, on the labels: its IntxFakeQuantizeConfig, symmetric, groups of 32. It has no form for
                      stacked experts, so MiniLM only
 
@@ -21,6 +22,7 @@ Writes results/qat_quality.json and .png.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +43,7 @@ from schedules_arm import Task, rotten_tomatoes, text
 BITS = (3, 2, 4, 8)  # in the order they are run
 ARMS = [*UNTRAINED, *METHODS, PEER]
 TASKS = ("rotten-tomatoes", "text")
-COLOURS = dict(zip(ARMS, ("grey", "black", "tab:orange", "tab:blue", "tab:cyan", "tab:red"), strict=True))
+COLOURS = dict(zip(ARMS, ("grey", "black", "tab:orange", "tab:blue", "tab:cyan", "tab:green", "tab:red"), strict=True))
 Found = dict[tuple[str, int], list[dict[str, Any]]]
 """Arm and bits -> its facts, a seed each."""
 
@@ -63,15 +65,15 @@ def table(task: Task, points: dict[tuple[str, int], dict[str, Any]], dense: Rows
 
 
 def comparisons(found: Found, task: Task) -> list[dict[str, Any]]:
-    """KL of QAD over that of each other arm, and its gap of score over the peer's."""
+    """KL of QAD, from the dense weights and from gptq's, over that of each other arm, and the step of its score."""
     figures = []
-    for bits in sorted(BITS):
-        for other in [arm for arm in ARMS if arm != "QAD"]:
-            if ("QAD", bits) not in found or (other, bits) not in found:
+    for bits, own in itertools.product(sorted(BITS), ("QAD", "QAD from gptq")):
+        for other in [arm for arm in ARMS if arm not in (own, "QAD from gptq")]:
+            if (own, bits) not in found or (other, bits) not in found:
                 continue
-            ours, theirs = rows_of(found["QAD", bits]), rows_of(found[other, bits])
+            ours, theirs = rows_of(found[own, bits]), rows_of(found[other, bits])
             pair = interval(ours["kl"], theirs["kl"])
-            what = f"{task.name}, {bits} bits: QAD against {other}"
+            what = f"{task.name}, {bits} bits: {own} against {other}"
             spread = [pair["low"], pair["high"]]
             aimed = other == PEER and bits in (2, 3)
             target = "<= 0.60 of the peer's" if aimed else "-"
@@ -96,7 +98,7 @@ def draw(measured: dict[str, dict[tuple[str, int], dict[str, Any]]], dense: dict
                 some = [(bits, points[arm, bits][measure]) for bits in sorted(BITS) if (arm, bits) in points]
                 if not some:
                     continue
-                x = [places[bits] + 0.06 * (index - 2.5) for bits, _ in some]
+                x = [places[bits] + 0.06 * (index - 3) for bits, _ in some]
                 y = [one["value"] for _, one in some]
                 around = [[o["value"] - o["low"] for _, o in some], [o["high"] - o["value"] for _, o in some]]
                 style = "--" if arm in UNTRAINED else "-"

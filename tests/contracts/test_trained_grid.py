@@ -25,6 +25,7 @@ from tests.training import WORDS, save_reviews, save_tokenizer, trainer
 
 IDS = torch.arange(3, 19)[None]
 LEARNED, CT = {"method": "lsq"}, {"backend": "compressed-tensors"}
+FROM_GPTQ = LEARNED | {"start": "gptq"}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "w4 absmax": ("deepseek_v3", {"bits": 4, "group_size": 32}, CT | {"bits": 4, "group_size": 32}),
     "w4": ("llama", LEARNED | {"bits": 4, "group_size": 32}, CT | {"bits": 4, "group_size": 32}),
@@ -34,6 +35,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "w8a8": ("llama", LEARNED | {"bits": 8, "activations": 8}, CT | {"bits": 8, "activations": 8}),
     "w8a8 encoder": ("bert", {"bits": 8, "activations": 8}, CT | {"bits": 8, "activations": 8}),
     "nf4": ("llama", {"kind": "nf4", "group_size": 64}, {"backend": "bitsandbytes", "bits": 4}),
+    "w3 from gptq": ("deepseek_v3", FROM_GPTQ | {"bits": 3, "group_size": 32}, CT | {"bits": 3, "group_size": 32}),
+    "nf4 from gptq": (
+        "llama",
+        {"kind": "nf4", "group_size": 64, "start": "gptq"},
+        {"backend": "bitsandbytes", "bits": 4},
+    ),
     "nf4 learned": ("gpt2", LEARNED | {"kind": "nf4", "group_size": 64}, {"backend": "bitsandbytes", "bits": 4}),
     "fp4 learned": (
         "llama",
@@ -120,7 +127,7 @@ def recipe(tmp_path: Path, qat: dict[str, Any], quantizing: dict[str, Any], name
 
 
 RECIPES = {
-    "learned": ({"bits": 3, "group_size": 32, "method": "lsq"}, CT | {"bits": 3, "group_size": 32}, "deepseek_v3"),
+    "learned": (FROM_GPTQ | {"bits": 3, "group_size": 32}, CT | {"bits": 3, "group_size": 32}, "deepseek_v3"),
     "nf4": (
         {"kind": "nf4", "group_size": 64, "method": "lsq"},
         {"backend": "bitsandbytes", "bits": 4, "group_size": 64},

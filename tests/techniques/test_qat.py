@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
 from hf_compress.errors import CompressError
 from hf_compress.grids import Grid, codes
+from hf_compress.oneshot import compress_blocks, solvers
+from hf_compress.techniques.calibrated_start import training_batches
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
@@ -173,11 +176,11 @@ def test_the_same_for_adapters(tmp_path: Path) -> None:
         run.train()
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_zeros_stay_under_learned_and_pinned_grids(adapted: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("adapted", "start"), [(False, "dense"), (True, "dense"), (False, "gptq")])
+def test_zeros_stay_under_learned_and_pinned_grids(adapted: bool, start: str, tmp_path: Path) -> None:
     model: Any = tiny("llama", **SMALL)
     student = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4)) if adapted else model
-    qat = QAT(kind="nf4", group_size=64, method="lsq")
+    qat = QAT(kind="nf4", group_size=64, method="lsq", start=start)
     run = trainer(student, tmp_path, [Pruning(0.5, "2:4", schedule="oneshot"), qat], max_steps=3)
     watch = Watch(student)
     run.add_callback(watch)
@@ -211,14 +214,63 @@ def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(trained(tmp_path, FULL, activation_checkpointing=True), trained(tmp_path, FULL))
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    one = trained(tmp_path, FULL, per_device_train_batch_size=4)
-    first, _ = on_two_ranks(__name__, "trained(folder, FULL, per_device_train_batch_size=2)", tmp_path)
+@pytest.mark.parametrize("options", ["FULL", "GPTQ"])
+def test_two_ranks_equal_one(options: str, tmp_path: Path) -> None:
+    one = trained(tmp_path, globals()[options], per_device_train_batch_size=4)
+    first, second = on_two_ranks(__name__, f"trained(folder, {options}, per_device_train_batch_size=2)", tmp_path)
+    torch.testing.assert_close(second, first, atol=0, rtol=0)
     torch.testing.assert_close(first, one, atol=2e-5, rtol=1e-3)
+
+
+GPTQ = {"bits": 3, "group_size": 32, "method": "lsq", "start": "gptq", "samples": 16}
+
+
+FROM_GPTQ = {
+    "learned": GPTQ | {"skip": ["attention|attn"]},
+    "nf4": {"kind": "nf4", "group_size": 64, "start": "gptq", "samples": 16},
+}
+
+
+@pytest.mark.parametrize("options", FROM_GPTQ.values(), ids=FROM_GPTQ)
+@pytest.mark.parametrize("name", ["bert", "deepseek_v3"])
+def test_what_does_not_train_stays_what_gptq_made(name: str, options: dict, tmp_path: Path) -> None:
+    qat, model, twin = QAT(**options), tiny(name, num_hidden_layers=2), tiny(name, num_hidden_layers=2)
+    run = trainer(model, tmp_path, [qat], max_steps=2, learning_rate=0.0)
+    batches, names = training_batches(trainer(twin, tmp_path, []), 16), [w.name for w in qat._weights]
+    scales = compress_blocks(twin, batches, solvers["gptq"](grid=qat.grid), only=names).scales
+    run.train()
+    assert qat.scales.keys() == scales.keys()
+    for ours, theirs in zip(weights(run.model), weights(twin), strict=True):
+        torch.testing.assert_close(ours.matrix, theirs.matrix, rtol=1e-6, atol=0)
+        if ours.name in scales:
+            torch.testing.assert_close(qat.scales[ours.name].float(), scales[ours.name].float(), rtol=1e-6, atol=0)
+    assert qat.facts()["calibration_tokens"] == sum(len(row["input_ids"]) for row in rows())
+
+
+def test_rows_for_gptq_come_from_any_dataset(tmp_path: Path) -> None:
+    class Plain(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 16
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"input_ids": [index + 3] * 5, "labels": [index + 3] * 5, "comment": "not for the model"}
+
+    run, listed = trainer(tiny("llama", **SMALL), tmp_path, []), Dataset.from_list([Plain()[i] for i in range(16)])
+    for given in (Plain(), listed, listed.to_iterable_dataset()):
+        run.train_dataset = given
+        before = torch.get_rng_state()
+        first, again = training_batches(run, 10), training_batches(run, 10)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert [len(batch["input_ids"]) for batch in first] == [8, 2]
+        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True))
+        assert len(torch.cat([batch["input_ids"][:, 0] for batch in first]).unique()) == 10
+    run.data_collator = lambda some: {"input_ids": torch.tensor([row["input_ids"] for row in some])}
+    assert bool(training_batches(run, 4)[0]["attention_mask"].all())
 
 
 RESUMED = {
     "learned": FULL | {"begin": "2 steps", "freeze_after": "4 steps"},
+    "from gptq": GPTQ | {"begin": "2 steps"},
     "codebook": {"kind": "codebook", "bits": 3, "freeze_after": "3 steps", "activations": 8},
 }
 
@@ -271,6 +323,11 @@ def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
         ("llama", {"begin": "sometime"}, "no moment of a run"),
         ("llama", {"begin": 0.5, "freeze_after": 0.25}, "freeze before rounding begins"),
         ("llama", {"scale_rate": 0.0}, "does not train"),
+        ("llama", {"start": "gtpq"}, "did you mean 'gptq'"),
+        ("llama", GPTQ | {"method": "ste"}, "method: lsq keeps them"),
+        ("llama", GPTQ | {"kind": "codebook"}, "no form for codebook"),
+        ("llama", GPTQ | {"scale_start": "mean"}, "would do nothing"),
+        ("llama", GPTQ | {"samples": 0}, "none to calibrate on"),
         ("llama", {"skip": ["q_prj"]}, "did you mean 'q_proj'"),
         ("deepseek_v3", {"skip": [r"down_proj\.2$"]}, "some experts of one parameter"),
         ("deepseek_v3", {"bits": 8, "activations": 8}, "stacked experts cannot be rounded"),
@@ -293,6 +350,12 @@ def test_a_teacher_under_the_student_is_not_rounded(tmp_path: Path) -> None:
     student = get_peft_model(tiny("llama", **SMALL), LoraConfig(target_modules="all-linear", r=4))
     with pytest.raises(CompressError, match="rounded activations too"):
         trainer(student, tmp_path, [Distillation("base"), QAT(8, activations=8)])
+
+
+def test_gptq_does_not_round_the_base_of_adapters(tmp_path: Path) -> None:
+    student = get_peft_model(tiny("llama", **SMALL), LoraConfig(target_modules="all-linear", r=4))
+    with pytest.raises(CompressError, match="round the base of the adapters"):
+        trainer(student, tmp_path, [QAT(**GPTQ)])
 
 
 def test_what_no_container_stores_is_said() -> None:
