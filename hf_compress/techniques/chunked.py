@@ -16,6 +16,7 @@ from hf_compress.techniques.soft_targets import BLOCK_BYTES, Objective, Online, 
 from hf_compress.weights import base_of
 
 LEAST, MOST = 128, 512  # rows of a chunk: each reads both heads' weights five times, so fewer would wait for memory
+WHOLE = 256  # up to so many rows are one chunk: two would take longer, and save less than the head's own gradient takes
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,10 @@ def chunked_loss(
     return found
 
 
+def _chunk(rows: int) -> int:
+    return max(1, rows) if rows <= WHOLE else min(MOST, max(LEAST, rows // 8))
+
+
 def _blocks(rows: int, classes: int, *, cpu: bool) -> list[slice]:
     """Parts of a chunk that are computed at a time; on a GPU the whole of it."""
     size = rows_in(BLOCK_BYTES, classes) if cpu else rows
@@ -191,7 +196,7 @@ class _FromHidden(torch.autograd.Function):
         grad_weight: Tensor | None = None  # begun by the first product: zeros would be one more pass over it
         grad_bias = torch.zeros(len(weight), device=weight.device) if need_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in rows.split(size or min(MOST, max(LEAST, len(rows) // 8))):
+            for part in rows.split(size or _chunk(len(rows))):
                 x = hidden[part].to(product.dtype)
                 logits = product(x)
                 objective.start(part)

@@ -88,7 +88,7 @@ class Distillation(Technique):
         metadata={"help": "logits a few positions at a time, task loss too: never a whole batch of vocabularies"},
     )
     chunk_size: int | None = field(
-        default=None, metadata={"help": "positions in a chunk; none: an eighth, 128 to 512"}
+        default=None, metadata={"help": "positions in a chunk; none: an eighth, 128 to 512, or up to 256 at once"}
     )
     features: dict[str, Any] = field(
         default_factory=dict,

@@ -10,7 +10,7 @@ Arms that run whole training steps (SGD, batches of one sequence, teacher as lar
     gkd       TRL's GKDTrainer with lmbda = 0 and beta = 0 (forward KL without cross-entropy)
 Arms that run forward KL at T = 2 and its backward on given hidden states of student and teacher:
     loss-naive, loss-chunked, loss-trl (TRL's chunked divergence, as its DistillationTrainer calls it)
-CPU seconds: of the thread that computes, the least of the steps after the first. Peak: anonymous memory above the
+CPU seconds: of the thread that computes, a step each. Peak: anonymous memory above the
 process with its libraries imported (loss arms: above the hidden states and weights too), sampled every 5 ms.
 """
 
@@ -221,7 +221,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = losses(args) if args.arm.startswith("loss-") else steps(args)
-    found["step_seconds"] = min(found["cpu_seconds"][1:] or found["cpu_seconds"])
     temporary = args.out.with_suffix(".part")
     temporary.write_text(json.dumps(found))
     temporary.rename(args.out)

@@ -6,7 +6,8 @@ Vocabularies of 32,000 and 129,280, width 512, one sequence a step. The trunk ha
 of the weights that multiply is that of TinyLlama-1.1B (6.3%) and of Llama-3.2-1B (21%): 58 layers give both. Larger
 models have a smaller share, so this is the hard end of 1 to 8B; and a width of 512 makes what is done once a logit
 weigh 4 to 8 times as much as there. The head-heavy worst case has 2 layers (66% and 89%).
-Arms are processes of `distillation_arm.py`, one thread each; finished ones are not run again. Memory is measured in
+Arms are processes of `distillation_arm.py`, one thread each; finished ones are not run again. CPU time is that of the
+median step, in rounds in which the arms take turns; the median ratio of the rounds is given. Memory is measured in
 processes of their own, whose C library is told to give freed memory back (the card of facts has both). Writes
 results/distillation_cost.json.
 """
@@ -19,6 +20,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,16 +34,26 @@ WIDTH = 512
 
 
 def arm(name: str, vocabulary: int, layers: int, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Least CPU seconds over the rounds; peak memory of a further process that gives freed memory back at once."""
+    """CPU seconds of the median step of each round; peak memory of a further process that gives freed memory back at
+    once."""
     rounds = [process(name, vocabulary, layers, tokens, str(index), args) for index in range(args.rounds)]
     frugal = process(name, vocabulary, layers, tokens, "memory", args)
     found: dict[str, Any] = {}
     if any(rounds):
-        found["step_seconds"] = min(each["step_seconds"] for each in rounds if each)
+        found["step_seconds"] = {
+            str(index): median(each["cpu_seconds"][1:] or each["cpu_seconds"])
+            for index, each in enumerate(rounds)
+            if each
+        }
         found["plain_peak_mb"] = min(each["peak_mb"] for each in rounds if each)
     if frugal is not None:
         found |= {"peak_mb": frugal["peak_mb"], "losses": frugal["losses"], "gradients": frugal.get("gradients")}
     return found
+
+
+def paired(ours: dict[str, float], theirs: dict[str, float]) -> list[float]:
+    """Ratios of the rounds that both have: these ran in turn."""
+    return [ours[index] / theirs[index] for index in ours.keys() & theirs.keys()]
 
 
 def process(
@@ -90,9 +102,10 @@ def main() -> None:
         if field not in ours or field not in theirs:
             missing.append(label)
             return
-        value = ours[field] / theirs[field]
-        target = f"<= {limit}x" if limit else "-"
-        figures.append(figure(label, value, target, limit is None or value <= limit))
+        values = [ours[field] / theirs[field]] if field != "step_seconds" else paired(ours[field], theirs[field])
+        value, target = median(values), f"<= {limit}x" if limit else "-"
+        spread = sorted(values) if len(values) > 1 else []
+        figures.append(figure(label, value, target, limit is None or value <= limit, spread=spread))
 
     for vocabulary in VOCABULARIES:
         here = {name: arm(name, vocabulary, 0, 4 * args.tokens, args) for name in LOSSES}
