@@ -43,7 +43,9 @@ from schedules_arm import Task, rotten_tomatoes, text
 BITS = (3, 2, 4, 8)  # in the order they are run
 ARMS = [*UNTRAINED, *METHODS, PEER]
 TASKS = ("rotten-tomatoes", "text")
-COLOURS = dict(zip(ARMS, ("grey", "black", "tab:orange", "tab:blue", "tab:cyan", "tab:green", "tab:red"), strict=True))
+COLOURS = dict(
+    zip(ARMS, ("grey", "black", "tab:orange", "tab:blue", "tab:cyan", "tab:purple", "tab:red"), strict=True)
+)
 Found = dict[tuple[str, int], list[dict[str, Any]]]
 """Arm and bits -> its facts, a seed each."""
 
