@@ -148,6 +148,18 @@ def test_nothing_to_learn_gives_zero_and_zero_gradients() -> None:
     assert all(g.abs().max() == 0 for g in gradients)
 
 
+@pytest.mark.parametrize(("rows", "largest"), [(1, 1), (256, 256), (300, 128), (1600, 200), (9000, 512)])
+def test_chunks_are_an_eighth_within_bounds(rows: int, largest: int) -> None:
+    head, hidden, seen = nn.Linear(4, 7, bias=False), torch.randn(1, rows, 4), list[int]()
+
+    def outputs(part: Tensor) -> Tensor:
+        seen.append(len(part))
+        return hidden[0, part] @ head.weight.T
+
+    chunked_loss(Head(head), hidden, torch.arange(rows), Objective(SoftTargets("forward_kl"), [Online(outputs)]), None)
+    assert (max(seen), sum(seen)) == (largest, rows)
+
+
 def test_bfloat16_heads_multiply_in_bfloat16_and_sum_in_fp32() -> None:
     head = nn.Linear(64, VOCAB, bias=False).to(torch.bfloat16)
     hidden = torch.randn(1, 512, 64).to(torch.bfloat16).requires_grad_()
