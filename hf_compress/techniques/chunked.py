@@ -16,9 +16,7 @@ from hf_compress.techniques.soft_targets import BLOCK_BYTES, Objective, Online, 
 from hf_compress.weights import base_of
 
 LEAST, MOST = 128, 512  # rows of a chunk: each reads both heads' weights five times, so fewer would wait for memory
-WHOLE = (
-    256  # up to so many rows are one chunk: two would take longer, and save less than the head's own gradient takes
-)
+WHOLE = 256  # up to so many rows are one chunk: two would take longer, to save less than the head's gradient is
 
 
 @dataclass(frozen=True)
