@@ -1,4 +1,5 @@
-"""Losses from hidden states and the head's weight, so that no (batch, positions, vocabulary) tensor ever exists."""
+"""Losses from hidden states and the head's weight, a chunk of positions at a time: of more than `WHOLE` positions, no
+tensor of all logits ever exists."""
 
 from __future__ import annotations
 

@@ -49,6 +49,7 @@ def check_options(options: QAT) -> None:
         and frozen[0] <= number,
         (f"a rate of {options.scale_rate} does not train", "scale_rate"): options.scale_rate <= 0,
         (f"{options.samples} rows are none to calibrate on", "samples"): options.samples < 1,
+        ("only `start: gptq` reads rows", "samples"): not solved and options.samples != type(options).samples,
         (f"gptq has no form for {options.kind}", "start"): solved and options.kind not in ("int", "nf4", "fp4"),
         ("ste would find other scales than gptq chose; method: lsq keeps them", "start"): solved
         and options.kind == "int"

@@ -95,7 +95,8 @@ def made(arm: Arm, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
         compress_blocks(model, calibration_batches(task.data, **options) if solver.needs else [], solver)
         return model, {}
     method, distilled, start = METHODS[arm.method]
-    techniques: list[Any] = [QAT(arm.bits, GROUP, method=method, start=start, samples=task.calibration)]
+    begun = {"start": start, "samples": task.calibration} if start == "gptq" else {}
+    techniques: list[Any] = [QAT(arm.bits, GROUP, method=method, **begun)]
     if distilled:
         options = {"teacher_model_init_kwargs": expert_options(model.config), "temperature": task.temperature}
         techniques.append(Distillation(str(task.folder), **options))

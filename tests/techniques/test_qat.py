@@ -328,6 +328,7 @@ def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
         ("llama", GPTQ | {"kind": "codebook"}, "no form for codebook"),
         ("llama", GPTQ | {"scale_start": "mean"}, "would do nothing"),
         ("llama", GPTQ | {"samples": 0}, "none to calibrate on"),
+        ("llama", {"samples": 64}, "only `start: gptq` reads rows"),
         ("llama", {"skip": ["q_prj"]}, "did you mean 'q_proj'"),
         ("deepseek_v3", {"skip": [r"down_proj\.2$"]}, "some experts of one parameter"),
         ("deepseek_v3", {"bits": 8, "activations": 8}, "stacked experts cannot be rounded"),
