@@ -256,7 +256,7 @@ class QAT(Technique):
         return step > self._first
 
     def state(self) -> dict[str, Tensor]:
-        found = {"on": torch.tensor([self._on])}
+        found = {"on": torch.tensor([self._on]), "read": torch.tensor([self._read])}
         for rounding in self._roundings:
             found |= {f"{key} {rounding.name}": value for key, value in rounding.state().items()}
         if self._inputs is not None:
@@ -264,7 +264,7 @@ class QAT(Technique):
         return found
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self._on = bool(state["on"][0])
+        self._on, self._read = bool(state["on"][0]), int(state["read"][0])
         for rounding in self._roundings:
             end = f" {rounding.name}"
             rounding.load({key.removesuffix(end): value for key, value in state.items() if key.endswith(end)})

@@ -291,6 +291,7 @@ def test_resumed_at_any_step_equals_uninterrupted(options: dict, tmp_path: Path)
         assert all(torch.equal(found[k], expected[k]) for k in expected), step
         for name, scale in whole.techniques[0].scales.items():
             assert torch.equal(resumed.techniques[0].scales[name], scale)
+        assert resumed.techniques[0].facts() == whole.techniques[0].facts()
     learned = {"method": "lsq", "bits": 4, "group_size": 16, "kind": "int"}
     other = trainer(tiny("llama", **SMALL), tmp_path, [QAT(**(options | learned))])
     with pytest.raises(CompressError, match="not those of this run"):
