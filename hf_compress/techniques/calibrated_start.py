@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 def training_batches(trainer: CompressionTrainer, samples: int) -> list[Batch]:
-    """`samples` rows of the trainer's training set, in an order of its seed: the same on every rank."""
+    """`samples` rows of the trainer's training set, in an order of its seed: the same on every rank, as batches of
+    input_ids and attention_mask, (batch, tokens) int64 each.
+
+    Raises:
+        CompressError: as `calibration_batches`.
+    """
     rows: Any = trainer.train_dataset
     if not isinstance(rows, (Dataset, IterableDataset)):
         rows = _as_dataset(rows, samples, trainer.args.seed)
@@ -43,7 +48,7 @@ def training_batches(trainer: CompressionTrainer, samples: int) -> list[Batch]:
 
 def _as_dataset(rows: Any, samples: int, seed: int) -> Dataset:
     """Of any other kind of dataset: rows drawn by the seed, of one that is only iterated the first."""
-    if not hasattr(rows, "__getitem__"):
+    if isinstance(rows, torch.utils.data.IterableDataset):
         return Dataset.from_list(list(islice(rows, samples)))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return Dataset.from_list([rows[int(index)] for index in order[:samples]])

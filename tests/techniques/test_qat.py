@@ -1,6 +1,7 @@
 """What is trained is what ships: rounding is seen in the forward, absent from the state_dict, and left in the weights
 at the end."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -255,8 +256,12 @@ def test_rows_for_gptq_come_from_any_dataset(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> dict[str, Any]:
             return {"input_ids": [index + 3] * 5, "labels": [index + 3] * 5, "comment": "not for the model"}
 
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return (Plain()[i] for i in range(16))
+
     run, listed = trainer(tiny("llama", **SMALL), tmp_path, []), Dataset.from_list([Plain()[i] for i in range(16)])
-    for given in (Plain(), listed, listed.to_iterable_dataset()):
+    for given in (Plain(), Stream(), listed, listed.to_iterable_dataset()):
         run.train_dataset = given
         before = torch.get_rng_state()
         first, again = training_batches(run, 10), training_batches(run, 10)
