@@ -40,6 +40,15 @@ def calibration_batches(
     return batches
 
 
+def cut(batches: list[Batch], tokens: int) -> list[Batch]:
+    """The same rows, in the same order, in batches of at most `tokens` tokens, padding included, or of one row."""
+    return [
+        dict(zip(batch, parts, strict=True))
+        for batch in batches
+        for parts in zip(*(t.split(max(1, tokens // t.shape[1])) for t in batch.values()), strict=True)
+    ]
+
+
 def tokens_in(batches: list[Batch]) -> int:
     """Tokens that are not padding."""
     return sum(int(b["attention_mask"].sum()) for b in batches)

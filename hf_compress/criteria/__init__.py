@@ -43,6 +43,13 @@ class Statistics:
     movement: Tensor | None = None
     seed: int = 0
 
+    def let_go(self) -> None:
+        """Drop what is as large as a matrix: a solver that has made its problem of it needs it no more, and it would
+        be most of what is in memory while that is solved."""
+        self.hessian = self.drift = self.residual = None
+        for half in self.folds:
+            half.let_go()
+
 
 Criterion = Callable[[Tensor, Statistics], Tensor]
 """``criterion(weight (out, in), statistics) -> (out, in)`` in fp32. Trait `needs`: the Statistics fields it reads."""

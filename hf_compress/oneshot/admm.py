@@ -11,8 +11,8 @@ from hf_compress.oneshot.precision import rough
 from hf_compress.oneshot.problem import Problem
 
 RHO = 0.1  # the first penalty, in units of diag G
-GROWTH = 1.6  # of the penalty, each time it grows
-HOLD = 4  # iterations between: each new penalty costs a factorisation
+GROWTH = 2.0  # of the penalty, each time it grows
+HOLD = 3  # iterations between: each new penalty costs a factorisation
 
 
 def admm(given: Problem, start: Tensor, choose: Callable[[Tensor], Tensor], *, iterations: int) -> Tensor:

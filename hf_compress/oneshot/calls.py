@@ -32,17 +32,17 @@ class Block:
         if call.middle is None:
             return self.whole(call, call.hidden)
         ffn, norm = (self.module.get_submodule(name) for name in (self._family.ffn, self._family.residuals[1]))
-        with self._precision():
+        with self._precision(call.middle.device.type):
             return self._finite(call.middle + ffn(norm(call.middle)))
 
     def whole(self, call: Call, hidden: Tensor) -> Tensor:
-        with self._precision():
+        with self._precision(hidden.device.type):
             out = self.module(hidden, *call.args, **call.kwargs)
         return self._finite(out[0] if isinstance(out, tuple) else out)
 
     def after_attention(self, call: Call, projection: nn.Module, rows: Tensor) -> Tensor:
         """The stream in the middle of the block, from what the last projection of its attention reads."""
-        with self._precision():
+        with self._precision(rows.device.type):
             added: Tensor = projection(rows)
             return call.hidden + added.view_as(call.hidden)
 

@@ -51,9 +51,9 @@ def compress_checkpoint(
 ) -> tuple[OneshotReport, Coverage]:
     """As `compress_blocks`, from a safetensors folder of a causal model to another, packed when a container is given.
 
-    Memory: one block, the embeddings and head, the activations. FP8 block-scaled sources are read as bfloat16. Blocks
-    are written as they are done to ``target.part``, which gets its name at the end; run again after an interruption,
-    finished blocks are read back. Tensors outside the blocks are copied as they are.
+    Memory: one block and the activations (before them, what comes before the blocks). FP8 block-scaled sources are
+    read as bfloat16. Blocks are written as they are done to ``target.part``, which gets its name at the end; run again
+    after an interruption, finished blocks are read back. Tensors outside the blocks are copied as they are.
 
     Raises:
         CompressError: the target exists; a tensor the model needs is not in the source; a truncated shard; another
@@ -170,6 +170,12 @@ class _Streamed:
     def _shard(self, block: int) -> Path:
         return self.part / f"model-block-{block:05}.safetensors"
 
+    def blocks_only(self) -> None:
+        inside = {id(module) for module in blocks_of(self.model).modules()}
+        for module in self.model.modules():
+            if id(module) not in inside:
+                _let_go(module)
+
     def finished(self, block: int) -> bool:
         return self._shard(block).exists()
 
@@ -226,9 +232,7 @@ class _Streamed:
             save_file(tensors, temporary, {"format": "pt"})
             temporary.rename(self._shard(block))
         for child in module.modules():
-            for attribute, parameter in child._parameters.items():
-                if parameter is not None:
-                    child._parameters[attribute] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            _let_go(child)
 
     def finish(self, source: Path) -> None:
         """Everything outside the blocks, the index, and the small files."""
@@ -263,3 +267,10 @@ class _Streamed:
         if self.container is not None:
             config["quantization_config"] = self.container.quantization_config
         (self.part / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _let_go(module: nn.Module) -> None:
+    """The module's own parameters keep their shapes, and no memory."""
+    for attribute, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[attribute] = nn.Parameter(parameter.to("meta"), requires_grad=False)

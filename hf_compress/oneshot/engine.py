@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_compress.calibration import Batch
+from hf_compress.allocator import trim
+from hf_compress.calibration import Batch, cut
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
 from hf_compress.oneshot.calls import Block, Call, first_call, halve
 from hf_compress.oneshot.gather import Reading, StageStatistics, read, without_padding
 from hf_compress.oneshot.order import InputGroup, stages_of
 from hf_compress.oneshot.solvers import Solved, Solver
-from hf_compress.oneshot.tuning import Rounded, Tuning, tune
+from hf_compress.oneshot.tuning import STEP_TOKENS, Rounded, Tuning, tune
 from hf_compress.weights import Weight, blocks_of, weights
 
 FEWEST = 0.25  # tokens for each input, below which nothing is fitted
@@ -32,6 +33,9 @@ class Store(Protocol):
     """
 
     scales: dict[str, Tensor]
+
+    def blocks_only(self) -> None:
+        """What is outside the blocks has run for the last time."""
 
     def finished(self, block: int) -> bool:
         """Whether it was compressed before (an interrupted run goes on)."""
@@ -78,7 +82,8 @@ def run_blocks(
     block unless the solver is `staged`), `solver` gives each matrix its new values, what is left is tuned together
     where the solver asks for it (`tune`), and a last pass through the compressed block makes the inputs of the next.
     A solver that asks for ``drift``, or tunes, follows the dense model: a second stream of activations. A solver that
-    needs no statistics runs without any pass. Text runs as `calibrating` says.
+    needs no statistics runs without any pass. Text runs as `calibrating` says, and for one that tunes in batches of at
+    most `STEP_TOKENS`: how often it steps is not for the caller's batches to decide.
 
     Memory: one block (what `store` keeps live), the activations of all batches (of both streams, and what each matrix
     of the block reads in the dense one, when asked for, with a copy of its experts' first matrices), the statistics
@@ -92,6 +97,8 @@ def run_blocks(
     if solver.needs and not batches:
         raise CompressError("there is nothing to calibrate on", where="one-shot compression", next_step="give batches")
     batches = batches if solver.needs else []
+    if solver.tuning is not None:
+        batches = cut(batches, STEP_TOKENS)
     if batches and len(set(getattr(model.config, "layer_types", None) or ["same"])) > 1:
         raise CompressError(
             "blocks of this model take different attention masks",
@@ -107,6 +114,7 @@ def run_blocks(
             by_block[weight.block].append(weight)
     model.eval()
     calls = [first_call(model, blocks[0], batch) for batch in batches]
+    store.blocks_only()
     halve(calls, batches)
     for call in calls:
         call.dense = call.hidden if solver.follows_dense else None
@@ -118,11 +126,13 @@ def run_blocks(
         turn = _Turn(model, index, by_block[index], solver, calls)
         if solver.follows_dense:
             turn.run_dense(keep="drift" in solver.needs and not finished)
+            trim()
         if finished:
             store.restore(index)
         else:
             for stage in turn.stages:
                 store.scales |= turn.compress(stage)
+                trim()
             if solver.tuning is not None:
                 store.scales |= turn.tune(by_block[index], solver.tuning)
         for weight in by_block[index]:
@@ -132,6 +142,7 @@ def run_blocks(
         report.scarce |= turn.scarce
         turn.advance()
         store.save(index)
+        trim()
     report.scales = store.scales
     return report
 
@@ -205,8 +216,8 @@ class _Turn:
                     scales[weight.name] = solved.scale
                     if solved.ratio is not None:
                         self._rounded[weight.name] = Rounded(solved.scale, solved.ratio)
-        for call, rows in zip(self.calls if writes else [], written, strict=True):
-            call.middle = self.block.after_attention(call, stage[0].first.module, rows)
+        for call in self.calls if writes else []:
+            call.middle = self.block.after_attention(call, stage[0].first.module, written.pop(0))
         return scales
 
     def _read_by(self, stage: list[InputGroup]) -> tuple[set[nn.Module], set[nn.Module]]:

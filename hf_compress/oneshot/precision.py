@@ -20,17 +20,17 @@ def bfloat16_is_fast(device: str) -> bool:
     return device == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-def calibrating(model: PreTrainedModel) -> torch.autocast:
+def calibrating(model: PreTrainedModel, device: str) -> torch.autocast:
     """In this context the matrices of an fp32 model multiply in bfloat16, accumulating in fp32, where that is faster.
     Norms and the residual stream stay fp32. Rounding is alike in both streams and far below what compression does;
-    another kind of machine rounds otherwise.
+    another kind of machine rounds otherwise. device: where it runs (of a model that is streamed, parts are nowhere).
 
     Not for routed experts on a CPU: each sees another number of tokens, and oneDNN keeps a compiled kernel for every
     shape it has met (0.6 GB more for a model of 8M parameters).
     """
-    routed = model.device.type == "cpu" and family_of(model.config).experts is not None
-    fast = model.dtype == torch.float32 and bfloat16_is_fast(model.device.type) and not routed
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=fast)
+    routed = device == "cpu" and family_of(model.config).experts is not None
+    fast = model.dtype == torch.float32 and bfloat16_is_fast(device) and not routed
+    return torch.autocast(device, torch.bfloat16, enabled=fast)
 
 
 def rough(tensor: Tensor) -> Tensor:

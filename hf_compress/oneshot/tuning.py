@@ -15,6 +15,7 @@ from hf_compress.oneshot.gradients import only_these_train
 from hf_compress.weights import Weight
 
 WARMUP = 4  # steps
+STEP_TOKENS = 512  # of a batch: many small steps over the text once do as well as few large ones over it twice
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Tuning:
     of the weights that are left of a matrix, or of the mean gap of levels where weights are rounded. grid: weight name
     -> its grid, where they are."""
 
-    epochs: int = 2
+    epochs: int = 1
     rate: float = 0.01
     grid: Callable[[str], Grid] | None = None
 

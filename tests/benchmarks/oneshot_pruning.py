@@ -4,8 +4,10 @@
 
 SmolLM2-135M (from its package) and IMDB reviews of at least 512 tokens, cut there: 32 to calibrate on (other ones for
 each seed), 30 held out for everybody. An arm is a process of its own (`pruning_arm.py`), one thread, peer and ours in
-turn; arms that are done are not run again. --model FOLDER --name NAME measures another model. Gaps are perplexity less
-the dense model's; intervals are a bootstrap over held-out sequences, the same draws for both sides.
+turn; arms that are done are not run again. Ours goes from one folder to another (`streaming: true`; the peer has no
+such way); alps is also run with the whole model in memory, whose result is the same. Gaps are perplexity less the
+dense model's; intervals are a bootstrap over held-out sequences, the same draws for both sides. --model FOLDER with
+--name NAME measures another model.
 Writes results/NAME_oneshot_pruning.json.
 """
 
@@ -30,7 +32,14 @@ from report import figure, record
 
 PATTERNS = (("2:4", 0.5), ("unstructured", 0.5), ("unstructured", 0.7))
 TARGETS = {("2:4", 0.5): 0.34, ("unstructured", 0.5): 0.45, ("unstructured", 0.7): 0.20}
-ARMS = (("llm-compressor", "sparsegpt"), ("ours", "alps"), ("ours", "sparsegpt"), ("llm-compressor", "wanda"))
+ARMS = (
+    ("llm-compressor", "sparsegpt"),
+    ("ours-streamed", "alps"),
+    ("ours-streamed", "sparsegpt"),
+    ("ours", "alps"),
+    ("llm-compressor", "wanda"),
+)
+SAID = {"ours": "in memory", "ours-streamed": "streamed"}
 DRAWS = 2000
 
 
@@ -93,7 +102,7 @@ def arm(
     if not out.exists() and args.report:
         return None
     if not out.exists():
-        python = sys.executable if library == "ours" else str(args.peer)
+        python = sys.executable if library in SAID else str(args.peer)
         command = [python, str(Path(__file__).with_name("pruning_arm.py")), "--library", library, "--method", method]
         command += ["--pattern", pattern, "--sparsity", str(sparsity), "--model", str(args.model)]
         command += ["--tokens", str(args.tokens), "--seed", str(seed), "--out", str(out)]
@@ -143,13 +152,13 @@ def compared(runs: Runs, pattern: str, sparsity: float, model: str) -> list[dict
     """The figures of one pattern."""
     label = pattern if pattern != "unstructured" else f"{sparsity:.0%}"
     figures = []
-    for method in ("alps", "sparsegpt"):
+    for library, method in ARMS:
         ours, theirs, said = pairs(
-            runs, (pattern, sparsity, "ours", method), (pattern, sparsity, "llm-compressor", "sparsegpt")
+            runs, (pattern, sparsity, library, method), (pattern, sparsity, "llm-compressor", "sparsegpt")
         )
-        if not ours:
+        if library not in SAID or not ours:
             continue
-        name = f"{label}, {method} / llm-compressor SparseGPT ({said})"
+        name = f"{label}, {method} {SAID[library]} / llm-compressor SparseGPT ({said})"
         target = TARGETS[pattern, sparsity] if method == "alps" and model == "smollm2" else None
         value, spread = ratio(gap, ours, theirs)
         wanted, reached = (f"<= {target}", value <= target) if target else ("-", True)
@@ -165,7 +174,7 @@ def compared(runs: Runs, pattern: str, sparsity: float, model: str) -> list[dict
             reached = mean(ratios) <= limit
             figures.append(figure(f"{name}: {what}", mean(ratios), f"<= {limit}", reached, spread=ratios))
     ours, theirs, said = pairs(
-        runs, (pattern, sparsity, "ours", "alps"), (pattern, sparsity, "llm-compressor", "wanda")
+        runs, (pattern, sparsity, "ours-streamed", "alps"), (pattern, sparsity, "llm-compressor", "wanda")
     )
     if ours:
         value, spread = ratio(gap, ours, theirs)

@@ -11,6 +11,7 @@ from transformers import LlamaForSequenceClassification
 from hf_compress.criteria import Statistics, criteria
 from hf_compress.errors import CompressError
 from hf_compress.families import family_of
+from hf_compress.grids import Grid
 from hf_compress.oneshot import (
     PruneOptions,
     Solved,
@@ -453,6 +454,20 @@ def test_going_on_from_the_middle_is_the_whole_block(name: str) -> None:
         hook.remove()
         call.middle = middle[0]
         assert torch.equal(block(call), whole)
+
+
+@pytest.mark.parametrize("solver", [solvers["alps"](sparsity=0.5), solvers["gptq"](grid=Grid(4, 16))])
+def test_statistics_as_large_as_matrices_are_let_go_before_the_work(solver: Solver) -> None:
+    """What is solved for takes as much again; what it was made of must not lie beside it."""
+    model = tiny("llama")
+    given = record(model, batches(), solver.needs, staged=True)[LAYER]
+    assert given.hessian is not None
+    assert all(half.drift is not None for half in given.folds)
+    (weight,) = (w for w in weights(model) if w.name == LAYER)
+    solver.solve([weight], given)
+    assert len(given.folds) == 2
+    for one in (given, *given.folds):
+        assert one.hessian is one.drift is one.residual is None
 
 
 def test_options_of_the_solver_reach_it() -> None:

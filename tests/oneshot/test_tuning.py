@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_compress.calibration import cut
 from hf_compress.grids import Grid, codes, fake_quantize, scales
 from hf_compress.oneshot import Solved, Solver, compress_blocks, precision, prune, run_blocks, solvers
 from hf_compress.oneshot.calls import Block, Call, first_call, halve
@@ -86,6 +87,27 @@ def test_the_order_of_the_batches_changes_nothing() -> None:
         return [w.matrix for w in found]
 
     assert all(map(torch.equal, tuned(False), tuned(True)))
+
+
+def test_how_the_caller_cut_the_text_into_batches_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows a step, whoever hands over four or sixteen; two and four rows in one batch would step otherwise."""
+    monkeypatch.setattr("hf_compress.oneshot.engine.STEP_TOKENS", 2 * batches()[0]["input_ids"].shape[1])
+    found = []
+    for size in (4, 16):
+        model = tiny("llama")
+        given = [{k: v.clone() for k, v in b.items()} for b in batches(size)]
+        compress_blocks(model, given, solvers["alps"](sparsity=0.5))
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_batches_are_cut_to_so_many_tokens_or_one_row() -> None:
+    rows = {"input_ids": torch.arange(35).view(7, 5), "attention_mask": torch.ones(7, 5)}
+    made = cut([rows, rows], 10)
+    assert [len(batch["input_ids"]) for batch in made] == [2, 2, 2, 1] * 2
+    for name, values in rows.items():
+        assert torch.equal(torch.cat([batch[name] for batch in made]), torch.cat([values, values]))
+    assert [len(batch["input_ids"]) for batch in cut([rows], 3)] == [1] * 7
 
 
 def test_half_precision_weights_are_moved_by_less_than_their_rounding() -> None:
@@ -217,8 +239,8 @@ def test_a_rough_product_is_right_to_the_rounding_of_bfloat16(monkeypatch: pytes
 
 def test_routed_experts_on_a_cpu_are_not_run_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: True)
-    assert precision.calibrating(tiny("llama"))._enabled
-    assert not precision.calibrating(tiny("deepseek_v3"))._enabled
+    assert precision.calibrating(tiny("llama"), "cpu")._enabled
+    assert not precision.calibrating(tiny("deepseek_v3"), "cpu")._enabled
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "alps"])

@@ -30,9 +30,9 @@ def alps(
     group: str | None = None,
     sparsities: Mapping[str, float] | None = None,
     dense_target: bool = True,
-    iterations: int = 24,
+    iterations: int = 12,
     steps: int = 8,
-    epochs: int = 2,
+    epochs: int = 1,
 ) -> Solver:
     """`admm` for the mask, `conjugate_gradients` for the values on it, the target of `held_out_target`; then `tune`.
 
@@ -51,6 +51,7 @@ def alps(
         matrix = torch.cat([weight.matrix for weight in weights])
         heights = [weight.shape[0] for weight in weights]
         given = problem(matrix, statistics, held_out_target(matrix, statistics, follow=dense_target))
+        statistics.let_go()
 
         def each(choose: Callable[[Tensor, str], Tensor], scores: Tensor) -> Tensor:
             parts = zip(scores.split(heights), weights, strict=True)

@@ -55,6 +55,7 @@ def gptq(
         matrix = torch.cat([weight.matrix for weight in weights])
         target = held_out_target(matrix, statistics) if dense_target else Target(damping=DAMPING)
         given, heights = problem(matrix, statistics, target), [weight.shape[0] for weight in weights]
+        statistics.let_go()
         wanted = given.unmasked() if dense_target else matrix.float() * given.norm
         solved = []
         for weight, goal, right in zip(weights, wanted.split(heights), given.right.split(heights), strict=True):
