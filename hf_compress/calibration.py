@@ -42,11 +42,12 @@ def calibration_batches(
 
 def cut(batches: list[Batch], tokens: int) -> list[Batch]:
     """The same rows, in the same order, in batches of at most `tokens` tokens, padding included, or of one row."""
-    return [
-        dict(zip(batch, parts, strict=True))
-        for batch in batches
-        for parts in zip(*(t.split(max(1, tokens // t.shape[1])) for t in batch.values()), strict=True)
-    ]
+    found = []
+    for batch in batches:
+        rows = max(1, tokens // batch["input_ids"].shape[1])
+        parts = zip(*(tensor.split(rows) for tensor in batch.values()), strict=True)
+        found += [dict(zip(batch, part, strict=True)) for part in parts]
+    return found
 
 
 def tokens_in(batches: list[Batch]) -> int:

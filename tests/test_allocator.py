@@ -1,5 +1,6 @@
 """Freed memory goes back to the system."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hf_compress.allocator import trim
 
 def resident() -> float:
     """MB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has it, and /proc")

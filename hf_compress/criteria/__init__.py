@@ -56,7 +56,7 @@ Criterion = Callable[[Tensor, Statistics], Tensor]
 
 criteria: Registry[Criterion] = Registry("criterion", __name__)
 
-ONESHOT = frozenset({"input_norm", "hessian", "gradient", "fisher"})
+ONESHOT = frozenset({"input_norm", "input_max", "hessian", "gradient", "fisher"})
 """What calibration can collect."""
 TRAINING = frozenset({"input_norm", "gradient", "fisher", "movement"})
 """What a training run can collect."""

@@ -49,7 +49,8 @@ class Family:
         width: config field holding the number of FFN channels.
         num_layers: config field holding the number of blocks.
         per_layer_fields: config fields that are lists with one entry a block.
-        residuals: the modules that read the residual stream before the attention's, and the FFN's, output is added.
+        residuals: the modules that read the residual stream before the attention's, and the FFN's, output is added, as
+            it is, without a norm or a factor between; "" where there is none.
         scaled_by: for each group of `attention`, then for `up`: the module whose channels it reads, and nothing else
             reads but for routers, so that a channel can be divided there and multiplied here (a norm; the matrix of
             the values); "" where there is none.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from hf_compress.coverage import Coverage, coverage
 from hf_compress.dequantize import fp8_blocks
 from hf_compress.errors import CompressError
 from hf_compress.families import expert_options
-from hf_compress.oneshot.engine import OneshotReport, run_blocks
+from hf_compress.oneshot.engine import Notes, OneshotReport, run_blocks
 from hf_compress.oneshot.memory import fingerprint
 from hf_compress.oneshot.solvers import Solver
 from hf_compress.weights import Weight, blocks_of, stored_scales, weights
@@ -40,6 +41,10 @@ class Container(Protocol):
         """The tensor back from what was stored (`stored(name)` reads one); KeyError when `key` was stored as it is."""
 
 
+PIECE = 1 << 30  # bytes of a file of what is outside the blocks
+MARKER = "unfinished.json"  # in the folder as long as it is not finished: see `_Marker`
+
+
 def compress_checkpoint(
     source: Path,
     target: Path,
@@ -51,42 +56,43 @@ def compress_checkpoint(
 ) -> tuple[OneshotReport, Coverage]:
     """As `compress_blocks`, from a safetensors folder of a causal model to another, packed when a container is given.
 
-    Memory: one block and the activations (before them, what comes before the blocks). FP8 block-scaled sources are
-    read as bfloat16. Blocks are written as they are done to ``target.part``, which gets its name at the end; run again
-    after an interruption, finished blocks are read back. Tensors outside the blocks are copied as they are.
+    Memory: one block and the activations; before them the embeddings, after them `PIECE` bytes of what is outside the
+    blocks. FP8 block-scaled sources are read as bfloat16. Blocks are written as they are done to ``target.part``,
+    which gets its name at the end; run again after an interruption, finished blocks are read back. Tensors outside
+    the blocks are copied, unpacked where they are FP8.
 
     Raises:
         CompressError: the target exists; a tensor the model needs is not in the source; a truncated shard; another
         run's unfinished target.
     """
+    part = target.with_name(target.name + ".part")
+    if (target / MARKER).exists():  # killed when it had its name and nothing else was left to do
+        target.rename(part)
     if target.exists():
         raise CompressError("the target folder exists", where=str(target), next_step="choose another")
-    part = target.with_name(target.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
     packed = container.quantization_config if container is not None else None
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.glob("*.safetensors")]
     facts = [
         str(source.resolve()),
+        sorted(stats),
         plain_config(source).to_dict(),
         solver.options,
         sorted(only) if only is not None else None,
         packed,
     ]
-    stamp = fingerprint(facts, [batch["input_ids"] for batch in batches])
-    marker = part / "fingerprint.txt"
-    if marker.exists() and marker.read_text() != stamp:
-        raise CompressError(
-            "an unfinished run with other options lies here",
-            where=str(part),
-            next_step="remove it, or repeat that run's options",
-        )
-    marker.write_text(stamp)
+    stamp = fingerprint(facts, [], batches)
+    marker = _Marker(part / MARKER, stamp)
     model = empty_model(source)
-    store = _Streamed(model, _Files(source), part, container)
+    store = _Streamed(model, _Files(source), part, container, marker)
     report = run_blocks(model, batches, solver, store, only=only)
     store.finish(source)
-    marker.unlink()
     part.rename(target)
-    return report, coverage(model, report.touched)
+    (target / MARKER).unlink()
+    left = {} if only is None else {w.name: "skipped by the recipe" for w in weights(model)}
+    return report, coverage(
+        empty_model(source), report.touched, left
+    )  # of the model with its ties, which streaming cut
 
 
 def plain_config(source: Path) -> PreTrainedConfig:
@@ -101,7 +107,34 @@ def empty_model(source: Path) -> PreTrainedModel:
     config = plain_config(source)
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **expert_options(config))
+    model.tie_weights()
     return model
+
+
+class _Marker:
+    """Which run a folder's blocks belong to, and what was noted of them; block -> `Notes` as a dict."""
+
+    def __init__(self, path: Path, stamp: str) -> None:
+        self.path, self.stamp, self.notes = path, stamp, dict[int, dict[str, Any]]()
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found["stamp"] != stamp:
+                raise CompressError(
+                    "an unfinished run with other options lies here",
+                    where=str(path.parent),
+                    next_step="remove it, or repeat that run's options",
+                )
+            self.notes = {int(block): notes for block, notes in found["notes"].items()}
+        self._write()
+
+    def note(self, block: int, notes: dict[str, Any]) -> None:
+        self.notes[block] = notes
+        self._write()
+
+    def _write(self) -> None:
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps({"stamp": self.stamp, "notes": self.notes}))
+        temporary.rename(self.path)
 
 
 class _Files:
@@ -146,8 +179,10 @@ class _Streamed:
     """Blocks come from the source (or from the target, when done before) and go to the target; only one is ever in
     memory."""
 
-    def __init__(self, model: PreTrainedModel, files: _Files, part: Path, container: Container | None) -> None:
-        self.model, self.files, self.part, self.container = model, files, part, container
+    def __init__(
+        self, model: PreTrainedModel, files: _Files, part: Path, container: Container | None, marker: _Marker
+    ) -> None:
+        self.model, self.files, self.part, self.container, self.marker = model, files, part, container, marker
         self.scales: dict[str, Tensor] = {}
         self.stacks: dict[str, list[Weight]] = {}  # stacked parameter -> its experts
         for weight in weights(model):
@@ -182,8 +217,9 @@ class _Streamed:
     def load(self, block: int) -> None:
         self._read(block, self.files)
 
-    def restore(self, block: int) -> None:
+    def restore(self, block: int) -> Notes:
         self._read(block, _Files(self.part, self._shard(block).name, self.container))
+        return Notes(**self.marker.notes[block])
 
     def _read(self, block: int, files: _Files) -> None:
         module, parameters = blocks_of(self.model)[block], dict(self.model.named_parameters())
@@ -211,7 +247,7 @@ class _Streamed:
         else:
             module._buffers[attribute] = tensor
 
-    def save(self, block: int) -> None:
+    def save(self, block: int, notes: Notes) -> None:
         module = blocks_of(self.model)[block]
         if not self.finished(block):
             tensors: dict[str, Tensor] = {}
@@ -228,6 +264,7 @@ class _Streamed:
                 packed = (self.container.encode(key, tensors.pop(key), scales.get(key)) for key in list(tensors))
                 tensors = {name: part for parts in packed for name, part in parts.items()}
             self.scales.clear()
+            self.marker.note(block, asdict(notes))
             temporary = self._shard(block).with_suffix(".saving")
             save_file(tensors, temporary, {"format": "pt"})
             temporary.rename(self._shard(block))
@@ -237,12 +274,14 @@ class _Streamed:
     def finish(self, source: Path) -> None:
         """Everything outside the blocks, the index, and the small files."""
         blocks = tuple(f"{self.prefix}{i}." for i in range(len(blocks_of(self.model))))
-        rest = {
-            key: self.files.read(key)
-            for key in self.files.where
-            if not key.startswith(blocks) and not key.endswith("_scale_inv")
-        }
-        save_file(rest, self.part / "model-rest.safetensors", {"format": "pt"})
+        piece: dict[str, Tensor] = {}
+        number = 0
+        keys = [k for k in self.files.where if not k.startswith(blocks) and not k.endswith("_scale_inv")]
+        for place, key in enumerate(keys, 1):
+            piece[key] = self.files.read(key)
+            if place == len(keys) or sum(tensor.nbytes for tensor in piece.values()) >= PIECE:
+                save_file(piece, self.part / f"model-rest-{number:05}.safetensors", {"format": "pt"})
+                piece, number = {}, number + 1
         written = _Files(self.part)
         stored = set(written.where) | {k.rpartition("_")[0] for k in written.where}  # a container's parts: KEY_scale
         missing = {k for k in self.files.where if not k.endswith("_scale_inv")} - stored

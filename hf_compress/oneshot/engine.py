@@ -20,10 +20,18 @@ from hf_compress.oneshot.calls import Block, Call, first_call, halve
 from hf_compress.oneshot.gather import Reading, StageStatistics, read, without_padding
 from hf_compress.oneshot.order import InputGroup, stages_of
 from hf_compress.oneshot.solvers import Solved, Solver
-from hf_compress.oneshot.tuning import STEP_TOKENS, Rounded, Tuning, tune
+from hf_compress.oneshot.tuning import STEP_TOKENS, STEPS, Rounded, Tuning, tune
 from hf_compress.weights import Weight, blocks_of, weights
 
 FEWEST = 0.25  # tokens for each input, below which nothing is fitted
+
+
+@dataclass
+class Notes:
+    """What a block's turn says beside its values: see `OneshotReport`."""
+
+    starved: dict[str, int] = field(default_factory=dict)
+    scarce: dict[str, float] = field(default_factory=dict)
 
 
 class Store(Protocol):
@@ -43,10 +51,10 @@ class Store(Protocol):
     def load(self, block: int) -> None:
         """Make the block's dense values live."""
 
-    def restore(self, block: int) -> None:
-        """Make a finished block's compressed values (and scales) live."""
+    def restore(self, block: int) -> Notes:
+        """Make a finished block's compressed values (and scales) live; what was noted of it."""
 
-    def save(self, block: int) -> None:
+    def save(self, block: int, notes: Notes) -> None:
         """Keep the compressed block, and let go of its memory where that is the point."""
 
 
@@ -82,8 +90,8 @@ def run_blocks(
     block unless the solver is `staged`), `solver` gives each matrix its new values, what is left is tuned together
     where the solver asks for it (`tune`), and a last pass through the compressed block makes the inputs of the next.
     A solver that asks for ``drift``, or tunes, follows the dense model: a second stream of activations. A solver that
-    needs no statistics runs without any pass. Text runs as `calibrating` says, and for one that tunes in batches of at
-    most `STEP_TOKENS`: how often it steps is not for the caller's batches to decide.
+    needs no statistics runs without any pass. Text runs as `calibrating` says, and for one that tunes in the caller's
+    batches cut to `STEP_TOKENS`, or to as few as make `STEPS` of them: a step a batch.
 
     Memory: one block (what `store` keeps live), the activations of all batches (of both streams, and what each matrix
     of the block reads in the dense one, when asked for, with a copy of its experts' first matrices), the statistics
@@ -98,7 +106,7 @@ def run_blocks(
         raise CompressError("there is nothing to calibrate on", where="one-shot compression", next_step="give batches")
     batches = batches if solver.needs else []
     if solver.tuning is not None:
-        batches = cut(batches, STEP_TOKENS)
+        batches = cut(batches, min(STEP_TOKENS, sum(b["input_ids"].numel() for b in batches) // STEPS))
     if batches and len(set(getattr(model.config, "layer_types", None) or ["same"])) > 1:
         raise CompressError(
             "blocks of this model take different attention masks",
@@ -128,7 +136,7 @@ def run_blocks(
             turn.run_dense(keep="drift" in solver.needs and not finished)
             trim()
         if finished:
-            store.restore(index)
+            turn.notes = store.restore(index)
         else:
             for stage in turn.stages:
                 store.scales |= turn.compress(stage)
@@ -138,10 +146,10 @@ def run_blocks(
         for weight in by_block[index]:
             report.touched.append(weight.name)
             report.sparsity[weight.name] = float((weight.matrix == 0).float().mean())
-        report.starved |= turn.starved
-        report.scarce |= turn.scarce
+        report.starved |= turn.notes.starved
+        report.scarce |= turn.notes.scarce
         turn.advance()
-        store.save(index)
+        store.save(index, turn.notes)
         trim()
     report.scales = store.scales
     return report
@@ -157,8 +165,7 @@ class _Turn:
         self.stages = stages if solver.staged else [[group for stage in stages for group in stage]]
         self.dense: list[Reading] = [{} for _ in calls]
         self.dense_gate_up: dict[nn.Module, Tensor] = {}
-        self.starved: dict[str, int] = {}
-        self.scarce: dict[str, float] = {}
+        self.notes = Notes()
         self._rounded: dict[str, Rounded] = {}
         self._residuals = {
             group: self.block.module.get_submodule(group.residual)
@@ -202,7 +209,7 @@ class _Turn:
             found.add(without_padding(seen, call.keep), call.fold, dense, self._residuals)
             for module in done:  # together they are larger than all else that is held here
                 dense.pop(module, None)
-        self.starved |= found.starved if self.calls else {}
+        self.notes.starved |= found.starved if self.calls else {}
         # a solver that is not staged compares matrices as they were before any of the block was changed
         known = [found.of(group) if self.calls else Statistics() for group in stage if not self.solver.staged]
         scales: dict[str, Tensor] = {}
@@ -246,12 +253,13 @@ class _Turn:
                 next_step="give more rows (at least twice as many tokens as inputs), or a method that refits nothing",
             )
         if share < 1:
-            self.scarce |= {weight.name: round(share, 3) for weight in group.weights}
+            self.notes.scarce |= {weight.name: round(share, 3) for weight in group.weights}
 
     def tune(self, found: list[Weight], tuning: Tuning) -> dict[str, Tensor]:
         """Let what is left of the block's matrices move together toward the dense block's outputs; name -> scale of
         those on a grid."""
         rounded, self._rounded = self._rounded, {}
+        self.dense_gate_up.clear()
         if found:
             tune(self.block, self.calls, found, tuning, rounded if tuning.grid is not None else None)
         for call in self.calls:

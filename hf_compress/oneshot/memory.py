@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.calibration import Batch
 from hf_compress.errors import CompressError
-from hf_compress.oneshot.engine import OneshotReport, run_blocks
+from hf_compress.oneshot.engine import Notes, OneshotReport, run_blocks
 from hf_compress.oneshot.solvers import Solver
 from hf_compress.source import require_unquantized
 from hf_compress.weights import blocks_of, weights
@@ -36,16 +37,16 @@ def compress_blocks(
         CompressError: a quantized model; what the solver and `run_blocks` find wrong; blocks of another run.
     """
     require_unquantized(model, where="one-shot compression")
-    values = [w.whole.flatten()[:64].float().cpu() for w in weights(model)] if resume_dir is not None else []
+    values = [w.matrix[0, :64].float().cpu() for w in weights(model)] if resume_dir is not None else []
     facts = [model.config.to_dict(), solver.options, sorted(only) if only is not None else None]
-    stamp = fingerprint(facts, [*values, *(b["input_ids"] for b in batches)])
+    stamp = fingerprint(facts, values, batches)
     return run_blocks(model, batches, solver, InMemory(model, resume_dir, stamp), only=only)
 
 
-def fingerprint(facts: list[Any], tensors: list[Tensor]) -> str:
-    """Of model, solver and calibration tokens: finished blocks of another run must not be taken for this one's."""
+def fingerprint(facts: list[Any], tensors: list[Tensor], batches: list[Batch]) -> str:
+    """Of model, solver and calibration text: finished blocks of another run must not be taken for this one's."""
     digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
-    for tensor in tensors:
+    for tensor in [*tensors, *(batch[name] for batch in batches for name in sorted(batch))]:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -74,9 +75,10 @@ class InMemory:
     def load(self, block: int) -> None:
         """The dense values are here."""
 
-    def restore(self, block: int) -> None:
+    def restore(self, block: int) -> Notes:
         with safe_open(self._path(block), "pt") as opened:
-            if opened.metadata().get("fingerprint") != self.stamp:
+            metadata = opened.metadata()
+            if metadata.get("fingerprint") != self.stamp:
                 raise CompressError(
                     "finished blocks of another run lie here",
                     where=str(self.folder),
@@ -85,11 +87,13 @@ class InMemory:
         tensors = load_file(self._path(block))
         self.scales |= {key.removeprefix(SCALE): tensors.pop(key) for key in list(tensors) if key.startswith(SCALE)}
         blocks_of(self.model)[block].load_state_dict(tensors)
+        return Notes(**json.loads(metadata["notes"]))
 
-    def save(self, block: int) -> None:
+    def save(self, block: int, notes: Notes) -> None:
         if self.folder is not None and not self.finished(block):
             temporary = self._path(block).with_suffix(".part")
             names = {w.name for w in weights(self.model) if w.block == block} & self.scales.keys()
             tensors = blocks_of(self.model)[block].state_dict() | {SCALE + n: self.scales[n] for n in names}
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"fingerprint": self.stamp})
+            metadata = {"fingerprint": self.stamp, "notes": json.dumps(asdict(notes))}
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
             temporary.rename(self._path(block))

@@ -60,10 +60,10 @@ def sensitivities(
     """
     names = {part: sorted(w.name for w in members) for part, members in parts.items()}
     facts = [model.config.to_dict(), names, {bits: grid.facts() for bits, grid in grids.items()}]
-    known = [w.whole.flatten()[:64].float().cpu() for w in weights(model)]
+    known = [w.matrix[0, :64].float().cpu() for w in weights(model)]
     file = None
     if cache is not None:
-        file = cache / f"sensitivity-{fingerprint(facts, [*known, *(b['input_ids'] for b in batches)])[:16]}.json"
+        file = cache / f"sensitivity-{fingerprint(facts, known, batches)[:16]}.json"
         if file.exists():
             read = json.loads(file.read_text())
             return {part: {int(bits): kl for bits, kl in each.items()} for part, each in read.items()}

@@ -15,7 +15,8 @@ from hf_compress.oneshot.gradients import only_these_train
 from hf_compress.weights import Weight
 
 WARMUP = 4  # steps
-STEP_TOKENS = 512  # of a batch: many small steps over the text once do as well as few large ones over it twice
+STEP_TOKENS, STEPS = 512, 32  # of a batch, at most; and how many there should be, at least: many small steps over the
+# text once do as well as few large ones over it twice
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def tune(
 
     Few passes are the regulariser: every step is held back, and noise of the text is learned last.
 
-    Memory: for each weight of the block 12 bytes, 16 where it is not fp32 or is rounded, and the activations of one
-    batch.
+    Memory: for each weight of the block 13 bytes, 19 where it is not fp32, up to 29 where it is rounded, and the
+    activations of one batch.
 
     Raises:
         CompressError: the block's output is not finite.
@@ -127,6 +128,7 @@ class _Survivors:
     def pull(self) -> None:
         if self._whole.grad is not None:
             self._master.grad = self._whole.grad.float().mul_(self._kept)
+            self._whole.grad = None
 
     def put(self) -> None:
         self._whole.data.copy_(self._master)

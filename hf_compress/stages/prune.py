@@ -3,6 +3,7 @@ no stock runtime faster."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class Prune(PruneOptions, Stage):
         solver = self.solver(model, batches)
         saved = work.folder / "pruned" if self.streaming else None
         if saved is not None:
+            shutil.rmtree(saved, ignore_errors=True)  # of a run that stopped between writing it and taking it over
             report, touched = compress_checkpoint(Path(work.checkpoint), saved, batches, solver, only=names)
         else:
             report = compress_blocks(model, batches, solver, only=names, resume_dir=work.folder / "blocks")

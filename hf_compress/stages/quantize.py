@@ -250,8 +250,7 @@ class Quantize(Stage):
 
     def run(self, work: Work) -> Done:
         saved = work.folder / "quantized"
-        if not self.streaming:
-            shutil.rmtree(saved, ignore_errors=True)  # of a run that stopped between writing it and taking it over
+        shutil.rmtree(saved, ignore_errors=True)  # of a run that stopped between writing it and taking it over
         where = f"quantize ({self.backend}, {self.bits} bits)"
         traits = backends.entry(self.backend).traits
         if self.streaming:

@@ -42,6 +42,9 @@ def check_options(options: Pruning) -> None:
         ("initial_sparsity is not between 0 and sparsity", "initial_sparsity"): not (
             0 <= options.initial_sparsity <= options.sparsity
         ),
+        ("with a sparsity of 0 its schedule stays at 0, whatever single weights are given", "sparsity"): (
+            options.sparsity == 0 and any(options.sparsities.values())
+        ),
         ("begin is after end", "begin"): same_unit == unit
         and number > ends
         and options.schedule not in ("oneshot", "constant"),

@@ -1,18 +1,21 @@
 """One-shot pruning: exact counts, true statistics on the compressed prefix, resuming, and the same result from a
 streamed checkpoint."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_compress.backends import backends, quantize
+from hf_compress.coverage import coverage
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
 from hf_compress.grids import Grid, fake_quantize, scales
 from hf_compress.oneshot import (
+    OneshotReport,
     Solved,
     Solver,
     compress_blocks,
@@ -23,6 +26,8 @@ from hf_compress.oneshot import (
     solvers,
 )
 from hf_compress.oneshot import engine as engine_module
+from hf_compress.oneshot.checkpoint import MARKER, _Streamed
+from hf_compress.oneshot.engine import Notes
 from hf_compress.oneshot.memory import InMemory
 from hf_compress.weights import blocks_of, weights
 from tests.models import CONFIGS, tiny
@@ -133,8 +138,8 @@ def test_killed_at_a_block_and_resumed_equals_uninterrupted(tmp_path: Path, monk
     prune(whole, batches(), method="criterion", sparsity=0.5)
     kill = InMemory.save
 
-    def save_and_die(self: InMemory, block: int) -> None:
-        kill(self, block)
+    def save_and_die(self: InMemory, block: int, notes: Notes) -> None:
+        kill(self, block, notes)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(InMemory, "save", save_and_die)
@@ -150,6 +155,48 @@ def test_killed_at_a_block_and_resumed_equals_uninterrupted(tmp_path: Path, monk
         prune(tiny("deepseek_v3"), batches(), method="criterion", sparsity=0.6, resume_dir=tmp_path)
     with pytest.raises(CompressError, match="another run"):
         prune(tiny("deepseek_v3", seed=5), batches(), method="criterion", sparsity=0.5, resume_dir=tmp_path)
+    less = batches()
+    less[0]["attention_mask"][0, 0] = 0
+    with pytest.raises(CompressError, match="another run"):
+        prune(tiny("deepseek_v3"), less, method="criterion", sparsity=0.5, resume_dir=tmp_path)
+    again = tiny("deepseek_v3")
+    weights(again, ["expert"])[3].matrix.detach()[0, 0] += 1
+    with pytest.raises(CompressError, match="another run"):
+        prune(again, batches(), method="criterion", sparsity=0.5, resume_dir=tmp_path)
+
+
+def few_experts(model: PreTrainedModel) -> None:
+    """Two experts that no token reaches."""
+    blocks_of(model)[1].mlp.gate.e_score_correction_bias[:] = torch.tensor([0.0, 0.0, -9.0, -9.0])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_was_noted_of_finished_blocks_survives_a_kill(
+    streamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starved experts, in the block before the kill, and matrices that saw few tokens."""
+    model, kind = tiny("deepseek_v3", num_hidden_layers=3), _Streamed if streamed else InMemory
+    few_experts(model)
+    model.save_pretrained(tmp_path / "source")
+    solver, few = solvers["least_squares"](sparsity=0.5), batches(4)[:2]
+    whole = compress_checkpoint(tmp_path / "source", tmp_path / "whole", few, solver)[0]
+
+    def run() -> OneshotReport:
+        if streamed:
+            return compress_checkpoint(tmp_path / "source", tmp_path / "target", few, solver)[0]
+        fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "source", experts_implementation="eager")
+        return compress_blocks(fresh, few, solver, resume_dir=tmp_path / "blocks")
+
+    load, kill = kind.load, pytest.MonkeyPatch()
+    kill.setattr(kind, "load", lambda self, block: load(self, block) if block < 2 else (_ for _ in ()).throw(OSError))
+    with pytest.raises(OSError):
+        run()
+    kill.undo()
+    report = run()
+    assert len(whole.starved) > 2
+    assert {int(name.split(".")[2]) for name in whole.scarce} == {0, 1, 2}
+    assert report.starved == whole.starved
+    assert report.scarce == whole.scarce
 
 
 def test_starved_experts_are_named_and_fall_back_to_their_layer() -> None:
@@ -159,6 +206,13 @@ def test_starved_experts_are_named_and_fall_back_to_their_layer() -> None:
     report = prune(model, batches(), method="criterion", sparsity=0.5)
     assert {n.rsplit(".", 1)[1] for n, tokens in report.starved.items() if tokens == 0} == {"2", "3"}
     assert (weights(model, ["expert"])[3].matrix == 0).float().mean() == 0.5
+
+
+def test_batches_may_hold_labels() -> None:
+    model = tiny("llama")
+    given = [batch | {"labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)} for batch in batches(16)]
+    prune(model, given, sparsity=0.5)
+    assert all((w.matrix == 0).float().mean() == 0.5 for w in weights(model))
 
 
 @pytest.mark.parametrize("method", ["criterion", "alps"])
@@ -208,6 +262,63 @@ def test_streaming_holds_one_block_and_resumes(tmp_path: Path, monkeypatch: pyte
     compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
     assert set(live) == {1}
     assert solved == [0, 1, 2, 2, 3]
+
+
+def test_a_streamed_run_killed_at_its_very_end_is_finished_by_the_next(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "source")
+    source, target = tmp_path / "source", tmp_path / "target"
+    compress_checkpoint(source, target, batches(), by_criterion())
+    done = {file.name: file.read_bytes() for file in target.iterdir()}
+    with pytest.raises(CompressError, match="exists"):
+        compress_checkpoint(source, target, batches(), by_criterion())
+    unlink = Path.unlink
+
+    def die(self: Path, missing_ok: bool = False) -> None:
+        if self.name == MARKER:
+            raise KeyboardInterrupt
+        unlink(self, missing_ok)
+
+    shutil.rmtree(target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", die)
+        with pytest.raises(KeyboardInterrupt):
+            compress_checkpoint(source, target, batches(), by_criterion())
+    with pytest.raises(CompressError, match="other options"):
+        compress_checkpoint(source, target, batches(), by_criterion(sparsity=0.25))
+    compress_checkpoint(source, target, batches(), by_criterion())
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == done
+
+
+def test_blocks_of_other_weights_in_the_same_folder_are_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("llama").save_pretrained(tmp_path / "source")
+    monkeypatch.setattr(_Streamed, "finish", lambda self, source: (_ for _ in ()).throw(OSError))
+    with pytest.raises(OSError):
+        compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
+    monkeypatch.undo()
+    tiny("llama", seed=5).save_pretrained(tmp_path / "source")
+    with pytest.raises(CompressError, match="other options"):
+        compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
+
+
+def test_what_is_outside_the_blocks_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_compress.oneshot.checkpoint.PIECE", 1)
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "source")
+    compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
+    assert len(list((tmp_path / "target").glob("model-rest-*"))) == 3  # embeddings, norm, head
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_streamed_coverage_says_what_was_skipped_and_keeps_ties(tmp_path: Path) -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "source")
+    only = [w.name for w in weights(model) if "k_proj" not in w.name]
+    _, touched = compress_checkpoint(tmp_path / "source", tmp_path / "t", batches(), by_criterion(), only=only)
+    skipped = {w.name: "skipped by the recipe" for w in weights(model) if "k_proj" in w.name}
+    assert touched == coverage(model, only, skipped)
 
 
 def test_fp8_sources_are_dequantized_and_truncated_shards_named(tmp_path: Path) -> None:

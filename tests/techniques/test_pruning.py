@@ -316,6 +316,7 @@ def test_constant_keeps_uneven_zeros_and_refuses_a_dense_model(tmp_path: Path) -
         ({"cycles": 3}, "belong to the iterative schedule"),
         ({"rewind_to": 0.1}, "belong to the iterative schedule"),
         ({"initial_sparsity": 0.7}, "initial_sparsity"),
+        ({"sparsity": 0.0, "sparsities": {"mlp": 0.5}}, "stays at 0"),
         ({"begin": 0.8, "end": 0.2}, "begin is after end"),
         ({"begin": 1.0, "end": 1.0}, "begins where the run ends"),
         ({"schedule": "constant", "begin": 0.1}, "from the first step"),

@@ -36,7 +36,8 @@ class Solved:
 class Solver:
     """What the one-shot engine applies to every matrix.
 
-    solve: (weights that read one input, its statistics) -> the new values of each; `weight.matrix` holds the old.
+    solve: (weights that read one input, its statistics) -> the new values of each; `weight.matrix` holds the old. The
+    statistics are its own to use up (`Statistics.let_go`).
     needs: the `Statistics` fields it reads; none of them, and the blocks are not run at all.
     staged: inside a block too, each matrix sees what the already compressed ones before it let through.
     refits: gives weights new values fitted to the calibration text, so that too little of it is refused.

@@ -48,6 +48,7 @@ def by_least_squares(
         matrix = torch.cat([weight.matrix for weight in weights])
         given = problem(matrix, statistics, held_out_target(matrix, statistics, follow=dense_target))
         mask = torch.cat([amount.mask(scored(entry.value, w, statistics, gradients), w.name) for w in weights])
+        statistics.let_go()
         values = conjugate_gradients(given, mask, matrix.float() * given.norm * mask, steps=steps)
         return [Solved(part) for part in given.unscaled(values).split([weight.shape[0] for weight in weights])]
 
