@@ -209,6 +209,7 @@ class _Turn:
             found.add(without_padding(seen, call.keep), call.fold, dense, self._residuals)
             for module in done:  # together they are larger than all else that is held here
                 dense.pop(module, None)
+        trim()
         self.notes.starved |= found.starved if self.calls else {}
         # a solver that is not staged compares matrices as they were before any of the block was changed
         known = [found.of(group) if self.calls else Statistics() for group in stage if not self.solver.staged]
