@@ -101,6 +101,15 @@ def test_how_the_caller_cut_the_text_into_batches_changes_nothing(monkeypatch: p
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
+def test_short_text_is_cut_finer_so_that_there_are_steps_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr("hf_compress.oneshot.engine.tune", lambda block, calls, *others: steps.append(len(calls)))
+    for long in (1, 60):
+        given = [{name: rows.repeat(1, long) for name, rows in batch.items()} for batch in batches(16)]
+        compress_blocks(tiny("llama", max_position_embeddings=2048), given, solvers["alps"](sparsity=0.5))
+    assert steps == [16] * 4  # a row each: 14 tokens because they are few, 840 because they are over 512
+
+
 def test_batches_are_cut_to_so_many_tokens_or_one_row() -> None:
     rows = {"input_ids": torch.arange(35).view(7, 5), "attention_mask": torch.ones(7, 5)}
     made = cut([rows, rows], 10)
