@@ -90,9 +90,8 @@ def compress_checkpoint(
     part.rename(target)
     (target / MARKER).unlink()
     left = {} if only is None else {w.name: "skipped by the recipe" for w in weights(model)}
-    return report, coverage(
-        empty_model(source), report.touched, left
-    )  # of the model with its ties, which streaming cut
+    whole = empty_model(source)  # streaming cut the ties of the other
+    return report, coverage(whole, report.touched, left)
 
 
 def plain_config(source: Path) -> PreTrainedConfig:
