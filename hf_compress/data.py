@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from hf_compress.encode import CausalCollator, Encoder
@@ -170,11 +171,17 @@ def _read(data: Data, split: str) -> Any:
             if reader and Path(path).exists()
             else load_dataset(path, data.config, revision=data.revision, streaming=data.streaming)
         )
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError, DatasetGenerationError) as error:
+        if isinstance(error, DatasetGenerationError) and error.__cause__ is None:
+            raise  # a full disk, say: its own words are all there is
+        reason = str(error.__cause__ or error).splitlines()[0]
+        empty = "corresponds to no data" in reason or "No columns to parse" in reason
         raise CompressError(
-            f"cannot read the data: {str(error).splitlines()[0]}",
+            "the data holds no row" if empty else f"cannot read the data: {reason}",
             where=f"data: {data.id}",
-            next_step="check the path or Hub id (files: " + " ".join(_READERS) + ")",
+            next_step="look into the file"
+            if empty
+            else "check the path or Hub id (files: " + " ".join(_READERS) + ")",
         ) from error
     assert isinstance(loaded, DatasetDict | IterableDatasetDict)
     if split not in loaded:

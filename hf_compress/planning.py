@@ -14,6 +14,7 @@ from hf_compress.environments import environment
 from hf_compress.errors import CompressError
 from hf_compress.evaluation.cost import parameter_counts
 from hf_compress.recipe import Recipe
+from hf_compress.selection import without
 from hf_compress.source import format_of, load_meta, read_config, require_floating
 from hf_compress.stages import Export, Prune, Quantize, Shrink, Train
 from hf_compress.stages.trained_grid import not_as_trained
@@ -72,7 +73,13 @@ def plan(recipe: Recipe) -> list[Planned]:
             bytes_now = _dense_bytes(model)
         elif isinstance(stage, Prune) or (isinstance(stage, Train) and stage.prune is not None):
             notes.append("zeros make no file smaller and no stock runtime faster")
-            share = coverage(model, [w.name for w in weights(model)]).share
+            skip = stage.skip if isinstance(stage, Prune) else stage.prune.skip if stage.prune is not None else []
+            names = [w.name for w in weights(model)]
+            try:
+                names = without(names, skip, where="skip")
+            except CompressError as error:
+                notes.append(f"{REFUSED}skip: {error.what}; {error.next_step}")
+            share = coverage(model, names).share
         elif isinstance(stage, Quantize):
             packed, entry = stage, backends.entry(stage.backend)
             before, dtype = model.dtype, stage.options.get("dtype")

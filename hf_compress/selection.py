@@ -22,6 +22,7 @@ def matching(pattern: str, names: Sequence[str], *, where: str) -> list[str]:
     if not found:
         kinds = {re.sub(r"\.\d+\b", ".*", name) for name in names}
         parts = kinds | {part for kind in kinds for part in kind.split(".") if part != "*"}
+        parts |= {numbered for name in names for numbered in re.findall(r"\w+\.\d+", name)}
         raise CompressError(f"no weight matches {pattern!r}", where=where, next_step=did_you_mean(pattern, parts))
     return found
 

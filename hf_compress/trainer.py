@@ -235,6 +235,9 @@ class CompressionTrainer(PublishingTrainer):
                 for name, value in sorted(self._logged.items())
             }
             self._logged = {}
+        if "loss" in logs:
+            for technique in self.techniques:
+                logs |= technique.progress()
         if f"{self._evaluated}_loss" in logs:
             measured = {name: torch.stack(batches).sum(0) for name, batches in self._eval_logged.items()}
             self._eval_logged.clear()

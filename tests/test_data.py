@@ -112,8 +112,22 @@ def test_a_recipe_trains_from_a_stream(tmp_path: Path) -> None:
         "data": {"id": file, "eval_size": 8, "streaming": True},
         "stages": [{"train": {"args": {"max_steps": 3, "per_device_train_batch_size": 4}}}, {"prune": {"samples": 8}}],
     }
-    result = compress(parse(recipe), tmp_path / "out")
+    said: list[str] = []
+    result = compress(parse(recipe), tmp_path / "out", say=said.append)
     assert result.facts["stages"][0]["facts"]["steps"] == 3
+    # few tokens are not passed over
+    warning = "matrices were refitted on fewer calibration tokens than they have inputs"
+    assert warning in (tmp_path / "out" / "README.md").read_text().partition("## Limits")[2]
+    assert any(warning in line for line in said)
+    # the Trainer switched the cache off
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is True
+
+
+@pytest.mark.parametrize("text", ["", "text,label\n"])
+def test_a_file_without_rows_is_named_as_such(text: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "empty.csv").write_text(text)
+    with pytest.raises(CompressError, match=r"holds no row[\s\S]*empty.csv"):
+        prepare(Data(str(tmp_path / "empty.csv")), tokenizer, task="causal-lm")
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,14 @@ def test_measured_again_where_it_is_run(
     assert ModelCard(card).data.eval_results[0].metric_type == "perplexity"
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_skip_that_finds_nothing_is_refused_by_the_plan(decoder: dict[str, Any], training: bool) -> None:
+    prune = {"sparsity": 0.5, "skip": ["layerz.0"]}
+    decoder["stages"] = [{"train": {"prune": prune}} if training else {"prune": prune}]
+    notes = [note for row in plan(parse(decoder)) for note in row.notes]
+    assert any("REFUSED" in note and "did you mean 'layers.0'" in note for note in notes)
+
+
 def test_bitsandbytes_is_refused_for_experts_by_coverage(
     decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

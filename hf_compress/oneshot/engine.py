@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.allocator import trim
-from hf_compress.calibration import Batch, cut
+from hf_compress.calibration import Batch, cut, tokens_in
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
 from hf_compress.oneshot.calls import Block, Call, first_call, halve
@@ -70,6 +71,17 @@ class OneshotReport:
     scarce: dict[str, float] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def warning(self) -> str:
+        """What a person should hear of `scarce`; "" where there is none."""
+        if not self.scarce:
+            return ""
+        least = min(self.scarce, key=self.scarce.__getitem__)
+        return (
+            f"{len(self.scarce)} of {len(self.touched)} matrices were refitted on fewer calibration tokens than they "
+            f"have inputs (least: {self.scarce[least]:.2f} for each input of {least}): give more rows"
+        )
+
     def facts(self) -> dict[str, Any]:
         mean = sum(self.sparsity.values()) / max(1, len(self.sparsity))
         return {
@@ -77,6 +89,7 @@ class OneshotReport:
             "mean_sparsity": mean,
             "starved_experts": self.starved,
             "scarce_inputs": self.scarce,
+            "warning": self.warning,
         }
 
 
@@ -98,9 +111,9 @@ def run_blocks(
     of one stage (in a staged solver, of one expert and its layer's sum), then what `tune` says.
 
     Raises:
-        CompressError: no batches for a solver that needs statistics; far fewer tokens than a matrix has inputs, for
-        one that fits values to them; activations that are not finite (naming the block); layers that take different
-        masks (sliding windows).
+        CompressError: before any work: no batches for a solver that needs statistics; far fewer tokens than a matrix
+        has inputs, for one that fits values to them; layers that take different masks (sliding windows). Then:
+        activations that are not finite (naming the block).
     """
     if solver.needs and not batches:
         raise CompressError("there is nothing to calibrate on", where="one-shot compression", next_step="give batches")
@@ -120,6 +133,8 @@ def run_blocks(
         assert weight.block is not None
         if wanted is None or weight.name in wanted:
             by_block[weight.block].append(weight)
+    if solver.refits:
+        _require_tokens(batches, [w for found in by_block.values() for w in found if w.expert is None])
     model.eval()
     calls = [first_call(model, blocks[0], batch) for batch in batches]
     store.blocks_only()
@@ -153,6 +168,19 @@ def run_blocks(
         trim()
     report.scales = store.scales
     return report
+
+
+def _require_tokens(batches: list[Batch], found: list[Weight]) -> None:
+    """Values fitted to few tokens fit those and no others: below one for each input they do worse than a mask alone on
+    text that was not seen (an expert's statistics are drawn toward its layer's, so it is only named)."""
+    tokens, widest = tokens_in(batches), max(found, key=lambda w: w.shape[1], default=None)
+    if widest is not None and tokens < FEWEST * widest.shape[1]:
+        raise CompressError(
+            f"{tokens} calibration tokens are too few to refit {widest.shape[1]} inputs",
+            where=widest.name,
+            next_step=f"give more or longer rows: {2 * widest.shape[1]} tokens are good, under "
+            f"{math.ceil(FEWEST * widest.shape[1])} refused; or a method that refits nothing",
+        )
 
 
 class _Turn:
@@ -217,7 +245,7 @@ class _Turn:
         for number, group in enumerate(stage):
             statistics = found.of(group) if self.solver.staged else known[number]
             if self.solver.refits:
-                self._check_tokens(group, statistics)
+                self._note_tokens(group, statistics)
             for weight, solved in zip(group.weights, self._solved(group, statistics), strict=True):
                 weight.matrix.copy_(solved.values)
                 if solved.scale is not None:
@@ -243,16 +271,8 @@ class _Turn:
                 next_step="give more calibration text, or look for inputs that are all but constant",
             ) from error
 
-    def _check_tokens(self, group: InputGroup, statistics: Statistics) -> None:
-        """Values fitted to few tokens fit those and no others: below one for each input they do worse than a mask
-        alone on text that was not seen (an expert's statistics are drawn toward its layer's, so it is only named)."""
+    def _note_tokens(self, group: InputGroup, statistics: Statistics) -> None:
         share = statistics.tokens / group.first.shape[1]
-        if share < FEWEST and group.first.expert is None:
-            raise CompressError(
-                f"{statistics.tokens} calibration tokens are too few to refit {group.first.shape[1]} inputs",
-                where=group.first.name,
-                next_step="give more rows (at least twice as many tokens as inputs), or a method that refits nothing",
-            )
         if share < 1:
             self.notes.scarce |= {weight.name: round(share, 3) for weight in group.weights}
 

@@ -122,7 +122,7 @@ class Train(Stage):
         return [technique for technique in (self.distill, self.prune, self.qat) if technique is not None]
 
     def run(self, work: Work) -> Done:
-        model = work.model
+        model, cached = work.model, getattr(work.model.config, "use_cache", None)
         self._name_labels(model, work)
         frozen = self._freeze(model)
         before = self._set_dropout(model)
@@ -152,6 +152,8 @@ class Train(Stage):
             work.say(f"  going on from {Path(earlier).name}")
         with stop:
             outcome = trainer.train(resume_from_checkpoint=earlier)
+        if cached is not None:  # the Trainer switches it off, and what is saved would generate without a cache
+            model.config.use_cache = cached
         facts = {
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,

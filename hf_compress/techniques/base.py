@@ -86,6 +86,10 @@ class Technique(TrainerCallback):
         the mean over all ranks."""
         return {}
 
+    def progress(self) -> dict[str, float]:
+        """Name -> how far a schedule has come; logged beside the loss."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """Tensors a resumed run needs (masks bit-packed, projections, scales); saved beside the checkpoint's
         weights."""

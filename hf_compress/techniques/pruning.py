@@ -183,6 +183,14 @@ class Pruning(Technique):
     def settled(self, step: int, max_steps: int) -> bool:
         return self._plan is not None and step > self._plan.last
 
+    def progress(self) -> dict[str, float]:
+        return {"sparsity": round(self._sparsity(), 4)}
+
+    def _sparsity(self) -> float:
+        """Share of zeros among the weights that have a mask."""
+        masks = self._masks.items().values()
+        return sum(int((~m).sum()) for m in masks) / max(1, sum(m.numel() for m in masks))
+
     def state(self) -> dict[str, Tensor]:
         parts = {"mask": self._masks.state(), "gathered": self._gathered.state(), "rewind": self._snapshot.state()}
         own = {"budget": torch.tensor([self._own[w.name] for w in self._weights], dtype=torch.float64)}
@@ -211,7 +219,6 @@ class Pruning(Technique):
 
     def facts(self) -> dict[str, Any]:
         masks = self._masks.items()
-        zeros = sum(int((~m).sum()) for m in masks.values())
         return {
             "pattern": self.pattern,
             "criterion": self.criterion,
@@ -221,7 +228,7 @@ class Pruning(Technique):
             "rewind_to": self.rewind_to,
             "target": self.sparsity,
             "budget": self.budget,
-            "sparsity": zeros / max(1, sum(m.numel() for m in masks.values())),
+            "sparsity": self._sparsity(),
             "weights": len(masks),
             "masks_sha256": sha256(masks),
         }

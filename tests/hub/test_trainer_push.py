@@ -145,5 +145,5 @@ def test_a_trainers_own_card_is_ours(tmp_path: Path) -> None:
     ours.create_model_card(model_name="mine", tags=["x"])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# mine" in card
-    assert "made smaller with hf_compress" in card
+    assert "compressed with hf_compress" in card
     assert isinstance(ours.args, TrainingArguments)

@@ -202,6 +202,9 @@ def test_owl_gives_blocks_their_own_sparsity_and_keeps_it_through_the_schedule(t
     names = list(seen[-1])
     assert seen[3][names[0]] / seen[3][names[-1]] == pytest.approx(0.42 / 0.58, abs=1e-2)
     assert run.techniques[0].facts()["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    logged = [entry["sparsity"] for entry in run.state.log_history if "loss" in entry]
+    assert logged == sorted(logged)
+    assert logged[0] < 0.3 < logged[-1] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_given_sparsities(tmp_path: Path) -> None:
