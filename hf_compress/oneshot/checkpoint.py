@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from hf_compress.allocator import trim
 from hf_compress.calibration import Batch
 from hf_compress.coverage import Coverage, coverage
 from hf_compress.dequantize import fp8_blocks
@@ -41,7 +42,7 @@ class Container(Protocol):
         """The tensor back from what was stored (`stored(name)` reads one); KeyError when `key` was stored as it is."""
 
 
-PIECE = 1 << 30  # bytes of a file of what is outside the blocks
+PIECE = 1 << 28  # bytes of a file of what is outside the blocks
 MARKER = "unfinished.json"  # in the folder as long as it is not finished: see `_Marker`
 
 
@@ -86,6 +87,7 @@ def compress_checkpoint(
     model = empty_model(source)
     store = _Streamed(model, _Files(source), part, container, marker)
     report = run_blocks(model, batches, solver, store, only=only)
+    trim()
     store.finish(source)
     part.rename(target)
     (target / MARKER).unlink()
