@@ -204,7 +204,7 @@ def test_gradients_of_levels_and_scales_are_those_of_autograd() -> None:
 def test_the_rounding_solver_tunes_and_reports_the_scales_it_ends_with() -> None:
     def distance(epochs: int) -> float:
         model, dense, grid = tiny("llama"), tiny("llama"), Grid(2, 32)
-        report = compress_blocks(model, batches(), solvers["gptq"](grid=grid, epochs=epochs, rate=0.05))
+        report = compress_blocks(model, batches(), solvers["gptq"](grid=grid, epochs=epochs))
         for weight in weights(model):
             assert (fake_quantize(weight.matrix, report.scales[weight.name], grid) - weight.matrix).abs().max() < 1e-6
         with torch.no_grad():
