@@ -300,6 +300,12 @@ def test_blocks_of_other_weights_in_the_same_folder_are_not_taken_over(
     tiny("llama", seed=5).save_pretrained(tmp_path / "source")
     with pytest.raises(CompressError, match="other options"):
         compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
+    (tmp_path / "target.part" / MARKER).unlink()
+    compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
+    again = tiny("llama", seed=5)
+    prune(again, batches(), method="criterion", sparsity=0.5)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "target").state_dict()
+    assert all(torch.equal(written[name], value) for name, value in again.state_dict().items())
 
 
 def test_what_is_outside_the_blocks_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
