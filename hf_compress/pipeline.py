@@ -196,6 +196,8 @@ def _run_stages(recipe: Recipe, task: str, room: Path, say: Callable[[str], None
                 work.__dict__["model"] = model
             started = time.time()
             done = named.stage.run(work)
+            if done.facts.get("warning"):
+                say(f"  {done.facts['warning']}")
             record = {
                 "name": named.name,
                 "kind": named.kind,

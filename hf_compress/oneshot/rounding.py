@@ -31,27 +31,27 @@ def obs_round(
     """
     size = step.abs().mean(0)  # ||x_j|| times what all columns share
     order = size.argsort(descending=True, stable=True) if act_order else torch.arange(len(size), device=size.device)
-    values, step, fixed = values[:, order], step[:, order], fixed[:, order]
+    values, step, pins = values.T[order], step.T[order], _columns(fixed[:, order])  # in one piece: twice as fast
     gram = gram[order][:, order]
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
-    levels = torch.zeros_like(values)
+    levels = torch.empty_like(values)
     loss = torch.zeros((), dtype=torch.float64, device=values.device)
-    width = values.shape[1]
+    width = len(values)
     for begin in range(0, width, COLUMNS):
         end = min(begin + COLUMNS, width)
-        block, factor = values[:, begin:end], upper[begin:end, begin:end]
-        errors = torch.zeros_like(block)
+        block, factor = values[begin:end], upper[begin:end, begin:end]
+        errors, pivots = torch.empty_like(block), factor.diagonal()
         for column in range(end - begin):
             here = begin + column
-            level = _level(block[:, column] / step[:, here], grid, fixed[:, here])
-            error = (block[:, column] - level * step[:, here]) / factor[column, column]
-            block[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
-            errors[:, column], levels[:, here] = error, level
-        values[:, end:] -= errors @ upper[begin:end, end:]
+            levels[here] = _level(block[column] / step[here], grid, pins, here)
+            error = torch.addcmul(block[column], levels[here], step[here], value=-1, out=errors[column])
+            error.div_(pivots[column])
+            block[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
+        values[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
         loss += errors.double().square().sum()
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return levels[:, back], loss
+    found = torch.empty_like(levels)
+    found[order] = levels
+    return found.T.contiguous(), loss
 
 
 def coordinate_descent(given: Problem, levels: Tensor, step: Tensor, grid: Grid, fixed: Tensor) -> Tensor:
@@ -62,22 +62,22 @@ def coordinate_descent(given: Problem, levels: Tensor, step: Tensor, grid: Grid,
     The loss never rises, so that passes end at a fixed point. QuantEase (Behdin et al. 2023,
     https://arxiv.org/abs/2309.01885). Shapes as `obs_round`.
     """
-    levels = levels.clone()
-    pull = given.right - (levels * step) @ given.gram
-    width = levels.shape[1]
+    pull = (given.right - (levels * step) @ given.gram).T.contiguous()
+    levels, step, pins = levels.T.contiguous(), step.T.contiguous(), _columns(fixed)
+    width = len(levels)
     for begin in range(0, width, COLUMNS):
         end = min(begin + COLUMNS, width)
         gram = given.gram[begin:end]
-        block, moved = pull[:, begin:end].clone(), torch.zeros_like(pull[:, begin:end])
+        block = pull[begin:end].clone()
+        moved = torch.empty_like(block)
         for column in range(end - begin):
             here = begin + column
-            old, size = levels[:, here], step[:, here]
-            new = _level(old + block[:, column] / size, grid, fixed[:, here])
-            change = (new - old) * size
-            block -= change[:, None] * gram[column, begin:end]
-            moved[:, column], levels[:, here] = change, new
-        pull -= moved @ gram
-    return levels
+            new = _level(levels[here] + block[column] / step[here], grid, pins, here)
+            change = torch.sub(new, levels[here], out=moved[column]).mul_(step[here])
+            block[column + 1 :].addr_(gram[column, here + 1 : end], change, alpha=-1)
+            levels[here] = new
+        pull.addmm_(gram.T, moved, alpha=-1)
+    return levels.T.contiguous()
 
 
 def refit_scales(given: Problem, levels: Tensor, scale: Tensor) -> Tensor:
@@ -111,5 +111,11 @@ def steps(given: Problem, scale: Tensor) -> Tensor:
     return scale.float().repeat_interleave(len(given.norm) // scale.shape[1], 1) * given.norm
 
 
-def _level(ratio: Tensor, grid: Grid, fixed: Tensor) -> Tensor:
-    return torch.where(fixed.isnan(), grid.nearest(ratio), fixed)
+def _columns(fixed: Tensor) -> Tensor | None:
+    """(out, in) -> (in, out); None where every weight is free."""
+    return None if fixed.isnan().all() else fixed.T.contiguous()
+
+
+def _level(ratio: Tensor, grid: Grid, fixed: Tensor | None, column: int) -> Tensor:
+    level = grid.nearest(ratio)
+    return level if fixed is None else torch.where(fixed[column].isnan(), level, fixed[column])

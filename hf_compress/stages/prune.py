@@ -62,7 +62,5 @@ class Prune(PruneOptions, Stage):
         else:
             report = compress_blocks(model, batches, solver, only=names, resume_dir=work.folder / "blocks")
             touched = coverage(model, report.touched, left)
-        if report.warning:
-            work.say(f"  {report.warning}")
         facts = report.facts() | {"method": self.chosen_method, "calibration_tokens": tokens_in(batches)}
         return Done(None if self.streaming else model, facts, touched, saved)

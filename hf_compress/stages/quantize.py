@@ -261,8 +261,6 @@ class Quantize(Stage):
             batches = work.calibration(empty.config.vocab_size, self.samples) if self.calibrates(empty) else []
             report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, solver, container=packing)
             covered.require(self.min_coverage, where=where)
-            if report.warning:
-                work.say(f"  {report.warning}")
             return Done(None, report.facts(), covered, saved, quantized=self.backend)
         scheme = self.scheme(work.model)
         scales, facts = work.scales if "packing" in traits else None, dict[str, Any]()
@@ -281,8 +279,6 @@ class Quantize(Stage):
         if rounding is not None:
             report = compress_blocks(work.model, batches, rounding, only=only, resume_dir=work.folder / "blocks")
             scales, facts = report.scales, facts | report.facts()
-            if report.warning:
-                work.say(f"  {report.warning}")
         extras: dict[str, Path] = {}
         if self.eora is not None:
             extras["adapter"] = work.folder / "adapter"

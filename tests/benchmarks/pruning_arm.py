@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 
 class Peak:
@@ -49,8 +55,14 @@ class Peak:
         return self.top - self.begin
 
 
+def auto_class(folder: str) -> Any:
+    classifies = AutoConfig.from_pretrained(folder).architectures[0].endswith("ForSequenceClassification")
+    return AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+
+
 def load(folder: str, **options: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    model: PreTrainedModel = auto_class(folder).from_pretrained(folder, dtype=torch.float32, **options)
+    return model.eval()
 
 
 def prune_by_peer(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
@@ -99,36 +111,55 @@ def prune_by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel 
     return model
 
 
+def held_out(tokens: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each held-out row and what it is to predict: its own next tokens, or the one class of `labels`."""
+    if "labels" not in tokens:
+        return [(row, row[1:]) for row in tokens["heldout"]]
+    rows = zip(tokens["heldout"], tokens["lengths"].tolist(), tokens["labels"], strict=True)
+    return [(row[:length], label[None]) for row, length, label in rows]
+
+
 def log_probabilities(model: PreTrainedModel, row: torch.Tensor) -> torch.Tensor:
-    return torch.log_softmax(model(row[None]).logits[0, :-1].float(), -1)
+    """(tokens - 1, vocabulary); of a classifier (1, classes)."""
+    logits = model(row[None]).logits
+    return torch.log_softmax((logits[0, :-1] if model.can_generate() else logits).float(), -1)
 
 
-def nll(log_probability: torch.Tensor, row: torch.Tensor) -> float:
-    return -log_probability.gather(1, row[1:, None]).mean().item()
+def nll(log_probability: torch.Tensor, wanted: torch.Tensor) -> float:
+    return -log_probability.gather(1, wanted[:, None]).mean().item()
 
 
 @torch.no_grad()
-def dense_answers(args: argparse.Namespace, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The dense model's log-probabilities of the held-out rows (fp16) and their mean nll, made once for all arms."""
+def dense_answers(args: argparse.Namespace, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The dense model's log-probabilities of the held-out rows (of text in fp16) and their mean nll, made once."""
     path = Path(args.tokens).with_suffix(".dense")
     if not path.exists():
-        dense = load(args.model)
-        answered = [log_probabilities(dense, row) for row in ids]
-        nlls = torch.tensor([nll(one, row) for one, row in zip(answered, ids, strict=True)], dtype=torch.float64)
+        dense, rows = load(args.model), held_out(tokens)
+        answered = [log_probabilities(dense, row) for row, _ in rows]
+        nlls = torch.tensor([nll(one, to) for one, (_, to) in zip(answered, rows, strict=True)], dtype=torch.float64)
         part = path.with_suffix(".part")
-        save_file({"nll": nlls, "log_probabilities": torch.stack([one.half() for one in answered])}, part)
+        kept = torch.stack(answered)
+        save_file({"nll": nlls, "log_probabilities": kept if "labels" in tokens else kept.half()}, part)
         part.rename(path)
     return load_file(path)
 
 
 @torch.no_grad()
-def answers(pruned: PreTrainedModel, dense: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, list[float]]:
-    """Mean negative log-likelihood of both and KL(dense, pruned), nats a token, of each held-out sequence."""
+def answers(
+    model: PreTrainedModel, dense: dict[str, torch.Tensor], tokens: dict[str, torch.Tensor]
+) -> dict[str, list[float]]:
+    """Mean negative log-likelihood of both and KL(dense, model), nats a prediction, of each held-out row; of a
+    classifier also whether each is right."""
     found: dict[str, list[float]] = {"nll": [], "dense_nll": dense["nll"].tolist(), "kl": []}
-    for row, theirs in zip(ids, dense["log_probabilities"], strict=True):
-        ours, theirs = log_probabilities(pruned, row), theirs.float()
-        found["nll"].append(nll(ours, row))
+    if "labels" in tokens:
+        found |= {"right": [], "dense_right": []}
+    for (row, wanted), theirs in zip(held_out(tokens), dense["log_probabilities"], strict=True):
+        ours, theirs = log_probabilities(model, row), theirs.float()
+        found["nll"].append(nll(ours, wanted))
         found["kl"].append((theirs.exp() * (theirs - ours)).sum(-1).mean().item())
+        if "labels" in tokens:
+            found["right"].append(float(ours.argmax() == wanted[0]))
+            found["dense_right"].append(float(theirs.argmax() == wanted[0]))
     return found
 
 
@@ -176,7 +207,7 @@ def main() -> None:
     found: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("out", "model", "tokens", "target")}
     found |= {"cpu_seconds": cpu, "wall_seconds": wall, "peak_mb": peak.megabytes} | zeros(model, args.pattern)
     if "heldout" in tokens:
-        found |= answers(model.eval(), dense_answers(args, tokens["heldout"]), tokens["heldout"])
+        found |= answers(model.eval(), dense_answers(args, tokens), tokens)
     part = args.out.with_suffix(".part")
     part.write_text(json.dumps(found))
     part.rename(args.out)

@@ -3,9 +3,9 @@
     python tests/benchmarks/quantization_arm.py --library ours --method gptq --scheme w3 --group 64 \\
         --model FOLDER --tokens tokens.safetensors --seed 0 --out arm.json
 
-Schemes: w8, w4, w3, w2 (symmetric integers in groups), nf4 (bitsandbytes' blocks of 64), int8 (rows). CPU seconds and
-peak resident memory cover loading the model and quantizing it, above the process with its libraries imported.
-Perplexity and KL to the dense model are taken afterwards from the weights as their container decodes them.
+Schemes: w8, w4, w3, w2 (symmetric integers in groups), nf4 (bitsandbytes' blocks of 64), int8 (its rows). CPU seconds
+and peak resident memory cover loading the model and quantizing it, above the process with its libraries imported.
+What it then answers, and KL to the dense model, are of the weights as their container decodes them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pruning_arm import Peak, answers, dense_answers, load
+from pruning_arm import Peak, answers, auto_class, dense_answers, load
 
 LEFT = ["re:.*lm_head"]  # a plain "lm_head" does not spare the head
 
@@ -85,7 +85,7 @@ def by_auto_round(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedMode
 
 def by_optimum(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
     """optimum's GPTQ (gptqmodel's solver) with act-order; its plain torch kernel answers."""
-    from transformers import AutoModelForCausalLM, GPTQConfig
+    from transformers import GPTQConfig
 
     rows = [{"input_ids": row[None].tolist(), "attention_mask": torch.ones_like(row)[None].tolist()} for row in ids]
     config = GPTQConfig(
@@ -98,7 +98,10 @@ def by_optimum(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
         backend="torch",
         model_seqlen=ids.shape[1],
     )
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, quantization_config=config)
+    model: PreTrainedModel = auto_class(args.model).from_pretrained(
+        args.model, dtype=torch.float32, quantization_config=config
+    )
+    return model
 
 
 def by_torchao(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
@@ -173,7 +176,7 @@ def main() -> None:
     kept = ("library", "method", "scheme", "group", "options", "iterations", "seed")
     found: dict[str, Any] = {key: getattr(args, key) for key in kept}
     found |= {"cpu_seconds": cpu, "wall_seconds": wall, "peak_mb": peak.megabytes}
-    found |= answers(model.eval().float(), dense_answers(args, tokens["heldout"]), tokens["heldout"])
+    found |= answers(model.eval().float(), dense_answers(args, tokens), tokens)
     part = args.out.with_suffix(".part")
     part.write_text(json.dumps(found))
     part.rename(args.out)

@@ -7,7 +7,9 @@ SmolLM2-135M (from its package; symmetric groups of 64, as 576 is no multiple of
 to calibrate on, other ones for each seed, 30 x 512 held out for everybody. An arm is a process of its own
 (`quantization_arm.py`), one thread; finished arms are not run again. gptq: our solver with its defaults; tuned:
 with 2 epochs in which the levels of a block move together. --model FOLDER --name NAME --length 256 --rows 64
---group 32 measures another model (DeepSeek-V3: read its KL, its perplexity gap is within noise at 4 bits).
+--group 32 measures another model (DeepSeek-V3: read its KL, its perplexity gap is within noise at 4 bits);
+--name minilm --group 128 --length 32 --rows 512 MiniLM on Rotten Tomatoes, fine-tuned as the quickstart recipe does:
+sentences of at least 32 tokens, cut there, to calibrate on, and the whole test split held out.
 Gaps are perplexity less the dense model's; intervals are a bootstrap over held-out sequences, the same draws for both
 sides. The package's SmolLM2 had been rounded to 4 bits in asymmetric groups of 32: other grids are honest on it.
 Writes results/NAME_quantization.json.
@@ -19,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from itertools import product
@@ -29,10 +32,10 @@ from typing import Any
 from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from oneshot_pruning import divergence, gap, ratio, smollm2, write_tokens
+from oneshot_pruning import DRAWS, divergence, gap, ratio, smollm2, write_tokens
 from report import figure, record
 
-SCHEMES = ("w3", "w4", "nf4", "nf4-double", "w2", "w8")
+SCHEMES = ("w3", "w4", "nf4", "nf4-double", "w2", "w8", "int8")
 OURS, TUNED, PLAIN = ("ours", "gptq"), ("ours", "gptq, tuned"), ("ours", "rtn")
 OPTIONS = {"gptq, tuned": {"epochs": 2}}  # of the solver, where not its defaults
 PEERS = (("auto-round", ""), ("llm-compressor", ""), ("optimum", ""), ("torchao", ""))
@@ -43,6 +46,40 @@ TARGETS = {  # scheme, peer -> ours / theirs, in perplexity gap and KL
     **{(scheme, PLAIN): 0.40 for scheme in ("nf4", "nf4-double")},  # of plain bitsandbytes: 60% of its gap closed
 }
 Run = dict[str, Any]
+
+
+def write_sentences(folder: Path, path: Path, *, length: int, rows: int, seeds: int = 3) -> Path:
+    """Fine-tuned MiniLM in `folder`, and Rotten Tomatoes as `write_tokens` does text: `heldout` padded with 0, its
+    `lengths` and `labels`; `calibration-SEED` of training sentences cut at `length`."""
+    import torch
+    from safetensors.torch import save_file
+    from schedules_arm import rotten_tomatoes
+
+    task = rotten_tomatoes(folder, steps=0)
+    if not path.exists():
+        held = [torch.tensor(row["input_ids"]) for row in task.data.eval]
+        tensors = {
+            "heldout": torch.nn.utils.rnn.pad_sequence(held, batch_first=True),
+            "lengths": torch.tensor([len(row) for row in held]),
+            "labels": torch.tensor([row["labels"] for row in task.data.eval]),
+        }
+        assert task.data.train is not None
+        long = [row["input_ids"][:length] for row in task.data.train if len(row["input_ids"]) >= length]
+        for seed in range(seeds):
+            tensors[f"calibration-{seed}"] = torch.tensor(random.Random(100 + seed).sample(long, rows))
+        save_file(tensors, path)
+    return task.folder
+
+
+def points(ours: list[Run], theirs: list[Run]) -> tuple[float, list[float]]:
+    """Accuracy, ours less theirs, in points, with its 95% interval."""
+    steps = [
+        100 * mean(a["right"][i] - b["right"][i] for a, b in zip(ours, theirs, strict=True))
+        for i in range(len(ours[0]["right"]))
+    ]
+    made = random.Random(0)
+    draws = sorted(mean(made.choices(steps, k=len(steps))) for _ in range(DRAWS))
+    return mean(steps), [draws[DRAWS // 40], draws[-DRAWS // 40]]
 
 
 def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namespace) -> Run | None:
@@ -78,7 +115,11 @@ def compared(runs: dict[tuple[str, tuple[str, str]], dict[int, Run]], scheme: st
         said = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
         other = {PLAIN: "to the nearest" if scheme.startswith("w") else "plain bitsandbytes"}.get(peer, peer[0])
         name, target = f"{scheme}, {us[1]} / {other} ({said})", TARGETS.get((scheme, peer))
-        for what, of in (("perplexity gap", gap), ("KL to dense", divergence)):
+        classifies = "right" in a[0]
+        if classifies:
+            value, spread = points(a, b)
+            figures.append(figure(f"{name}: accuracy, points more", value, "-", True, spread=spread))
+        for what, of in (("perplexity gap", gap),) * (not classifies) + (("KL to dense", divergence),):
             value, spread = ratio(of, a, b)
             wanted, reached = (f"<= {target}", value <= target) if target else ("-", True)
             figures.append(figure(f"{name}: {what}", value, wanted, reached, spread=spread))
@@ -110,8 +151,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/quantization_quality"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    args.model = args.model or smollm2(args.output / "smollm2")
     args.tokens = args.output / f"{args.name}.safetensors"
+    if args.name == "minilm":
+        args.model = write_sentences(args.output, args.tokens, length=args.length, rows=args.rows)
+    args.model = args.model or smollm2(args.output / "smollm2")
     if not args.tokens.exists():
         write_tokens(args.model, args.tokens, length=args.length, rows=args.rows, held=args.held)
     stacked = bool(getattr(AutoConfig.from_pretrained(args.model), "n_routed_experts", None))
@@ -128,21 +171,32 @@ def main() -> None:
                 if one is not None:
                     runs.setdefault((scheme, (library, method)), {})[seed] = one
     named = {f"{scheme} {' '.join(who).strip()}": list(some.values()) for (scheme, who), some in runs.items()}
-    everything = [run for some in named.values() for run in some]
+    first = next(run for some in named.values() for run in some)
+    measured = {
+        "perplexity": {key: [math.exp(mean(run["nll"])) for run in some] for key, some in named.items()}
+        | {"dense": math.exp(mean(first["dense_nll"]))}
+    }
+    held = f"{args.held} x {args.length} held out"
+    if "right" in first:
+        measured = {
+            "accuracy": {key: [100 * mean(run["right"]) for run in some] for key, some in named.items()}
+            | {"dense": 100 * mean(first["dense_right"])}
+        }
+        held = f"{len(first['right'])} sentences held out"
     record(
         f"{args.name}_quantization",
         what=f"Weight-only quantization of {args.name}, groups of {args.group}, calibration seeds {args.seeds} of "
-        f"{args.rows} x {args.length} tokens, {args.held} x {args.length} held out; figures are ratios, lower is "
+        f"{args.rows} x {args.length} tokens, {held}; figures are ratios, lower is "
         f"better; spreads of quality are 95% intervals. {args.note}".rstrip(),
         command=f"python tests/benchmarks/quantization_quality.py --seeds {' '.join(map(str, args.seeds))}"
         + (
-            f" --model FOLDER --name {args.name} --length {args.length} --rows {args.rows} --group {args.group}"
+            f"{'' if args.name == 'minilm' else ' --model FOLDER'} --name {args.name} --length {args.length} "
+            f"--rows {args.rows} --group {args.group}"
             if args.name != "smollm2"
             else ""
         ),
         figures=[made for scheme in args.schemes for made in compared(runs, scheme)],
-        perplexity={key: [math.exp(mean(run["nll"])) for run in some] for key, some in named.items()}
-        | {"dense": math.exp(mean(everything[0]["dense_nll"]))},
+        **measured,
         kl={key: [mean(run["kl"]) for run in some] for key, some in named.items()},
         seconds={key: [run["cpu_seconds"] for run in some] for key, some in named.items()},
         peak_mb={key: [run["peak_mb"] for run in some] for key, some in named.items()},

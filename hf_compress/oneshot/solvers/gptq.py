@@ -77,7 +77,7 @@ def gptq(
         if pins is not None:
             fixed = torch.where(pins, plain.sign().float() * chosen.largest, fixed)
         step = steps(given, chosen.stored(scale))
-        levels, _ = obs_round(goal.clone(), given.gram, step, chosen, fixed, act_order=act_order)
+        levels, _ = obs_round(goal, given.gram, step, chosen, fixed, act_order=act_order)
         for _ in range(passes):
             better = refit_scales(given, levels, chosen.stored(scale).float()).to(matrix.dtype)
             scale = torch.where(better > 0, better, scale) if chosen.pinned else better
