@@ -211,10 +211,26 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
+        path = [part for part in first["loc"] if part in _words(value) or first["type"] == "missing"]
         if first["type"] == "missing":
-            raise CompressError(f"the key {first['loc'][-1]!r} is needed", where=where) from error
-        place = ".".join([where, *(str(part) for part in first["loc"] if part in _words(value))])
-        raise CompressError(f"{first['msg']} (got {first['input']!r})", where=place) from error
+            raise CompressError(f"the key {path[-1]!r} is needed", where=where, next_step=_help(kind, path)) from error
+        raise CompressError(
+            f"{first['msg']} (got {first['input']!r})",
+            where=".".join([where, *map(str, path)]),
+            next_step=_help(kind, path),
+        ) from error
+
+
+def _help(kind: Any, path: list[int | str]) -> str:
+    """What a dataclass says of the field at the end of a path, or of the last one on the way that it knows."""
+    found = ""
+    for name in path:
+        named = {f.name: f for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        if name in named and "help" in named[str(name)].metadata:
+            found = f"{name}: {named[str(name)].metadata['help']}"
+        hint = typing.get_type_hints(kind).get(str(name)) if name in named else None
+        kind = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+    return found
 
 
 def _words(value: Any) -> set[Any]:

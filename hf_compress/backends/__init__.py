@@ -94,7 +94,11 @@ def check_options(backend: str, options: Mapping[str, Any], *, where: str) -> No
         try:
             TypeAdapter(hints[option]).validate_python(value, strict=True)
         except ValidationError as error:
-            raise CompressError(f"{error.errors()[0]['msg']} (got {value!r})", where=f"{where}.{option}") from error
+            raise CompressError(
+                f"{error.errors()[0]['msg']} (got {value!r})",
+                where=f"{where}.{option}",
+                next_step=f"leave it out for {known[option]!r}, or see `hf-compress list backends`",
+            ) from error
 
 
 @dataclass(frozen=True)

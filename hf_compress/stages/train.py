@@ -93,7 +93,9 @@ class Train(Stage):
                 )
             except ValidationError as error:
                 raise CompressError(
-                    f"{error.errors()[0]['msg']} (got {value!r})", where=f"{where}.args.{key}"
+                    f"{error.errors()[0]['msg']} (got {value!r})",
+                    where=f"{where}.args.{key}",
+                    next_step=f"what TrainingArguments takes for {key}",
                 ) from error
         try:
             self._arguments("unused", 0)
