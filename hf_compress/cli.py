@@ -14,6 +14,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 
@@ -39,7 +40,8 @@ errors = Console(stderr=True)
 
 LISTS = (
     "losses, criteria, solvers, backends, families, techniques, stages or recipes; or a section of a recipe: model, "
-    "data, evaluate, publish, distill, qat, prune-in-training, or a stage (shrink, prune, train, quantize, export)"
+    "data, evaluate, publish, distill, qat, prune-in-training, or a stage (shrink, prune, train, quantize, export); "
+    "or one of the names, such as alps"
 )
 RecipeArgument = Annotated[
     str, typer.Argument(help="a recipe file, or the name of a shipped recipe (see `hf-compress list recipes`)")
@@ -326,9 +328,15 @@ def list_(
         typer.Argument(help=LISTS),
     ],
 ) -> None:
-    """Name, one line and paper of everything of a kind; or keys, meaning and default of a section of a recipe."""
-    from hf_compress.listing import listing
+    """Name, one line and paper of everything of a kind; keys, meaning and default of a section of a recipe; or what
+    something of that name does and takes."""
+    from hf_compress.listing import explained, listing
 
+    found = explained(what)
+    for text in (paragraph for entry in found for paragraph in [*entry, ""]):
+        console.print(Padding(escape(text.strip()), (0, 0, 0, len(text) - len(text.lstrip()))), highlight=False)
+    if found:
+        return
     table = Table("name", "what", "paper or default", box=None)
     for row in listing(what):
         table.add_row(*map(escape, row))

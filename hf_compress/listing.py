@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 from hf_compress.backends import backends
@@ -34,17 +37,44 @@ OPTIONS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 
 
+REGISTRIES: dict[str, Registry[Any]] = {
+    "losses": losses,
+    "criteria": criteria,
+    "backends": backends,
+    "families": families,
+    "solvers": solvers,
+}
+
+
+def explained(name: str) -> list[list[str]]:
+    """What ``hf-compress list NAME`` says of every entry of that name (a solver and a backend may share one): its
+    paragraphs, each indented as it is meant."""
+    return [
+        [
+            f"{registry.kind} {entry.name}: {entry.summary}{_options(what, entry.name)}",
+            *(_paragraphs(inspect.getdoc(entry.value) or "") if callable(entry.value) else []),
+            *([entry.paper] if entry.paper else []),
+        ]
+        for what, registry in REGISTRIES.items()
+        for entry in registry
+        if entry.name == name
+    ]
+
+
+def _paragraphs(docstring: str) -> list[str]:
+    """Lines of one indent joined, and begun anew where the next argument is described."""
+    found: list[str] = []
+    for block in docstring.split("\n\n"):
+        for indent, lines in groupby(block.splitlines(), key=lambda line: len(line) - len(line.lstrip())):
+            text = " ".join(line.strip() for line in lines)
+            found += [" " * indent + part for part in re.split(r"(?<=\.) (?=[a-z_]+(?:, [a-z_]+)*: )", text)]
+    return found
+
+
 def listing(what: str) -> list[tuple[str, str, str]]:
     """Rows of ``hf-compress list``; the README prints them too."""
-    registries: dict[str, Registry[Any]] = {
-        "losses": losses,
-        "criteria": criteria,
-        "backends": backends,
-        "families": families,
-        "solvers": solvers,
-    }
-    if what in registries:
-        named = registries[what]
+    if what in REGISTRIES:
+        named = REGISTRIES[what]
         return [(e.name, _asked_by(e) + e.summary + _options(what, e.name), e.paper) for e in named]
     if what == "recipes":
         return [(name, path.read_text().splitlines()[0].lstrip("# "), "") for name, path in shipped().items()]
@@ -59,9 +89,10 @@ def listing(what: str) -> list[tuple[str, str, str]]:
     sections |= {"distill": Distillation, "prune-in-training": Pruning, "qat": QAT}
     if what in sections:
         return [(f.name, f.metadata.get("help", ""), _default(f)) for f in dataclasses.fields(sections[what])]
+    names = [entry.name for registry in REGISTRIES.values() for entry in registry]
     raise CompressError(
         f"nothing to list called {what!r}",
-        next_step=did_you_mean(what, [*registries, "recipes", "stages", "techniques", *sections]),
+        next_step=did_you_mean(what, [*REGISTRIES, "recipes", "stages", "techniques", *sections, *names]),
     )
 
 

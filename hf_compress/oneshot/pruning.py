@@ -56,7 +56,7 @@ class PruneOptions:
     )
     solver_options: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "further options of the method, such as epochs of alps (see its docstring)"},
+        metadata={"help": "further options of the method, such as epochs of alps (see `hf-compress list alps`)"},
     )
     skip: list[str] = field(default_factory=list, metadata={"help": "regular expressions of weights to leave dense"})
 

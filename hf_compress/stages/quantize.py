@@ -71,7 +71,8 @@ class Quantize(Stage):
         metadata={"help": "solver that rounds (see `hf-compress list solvers`); none = the container's own rounding"},
     )
     solver_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "further options of the method (see its docstring)"}
+        default_factory=dict,
+        metadata={"help": "further options of the method (see `hf-compress list gptq`)"},
     )
     streaming: bool = field(
         default=False, metadata={"help": "read and write block by block; for models larger than memory"}

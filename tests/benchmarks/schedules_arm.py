@@ -24,6 +24,7 @@ from hf_compress.data import Prepared, prepare
 from hf_compress.encode import CausalCollator, Encoder
 from hf_compress.evaluation.cost import sparsity
 from hf_compress.families import expert_options
+from hf_compress.oneshot.precision import bfloat16_is_fast
 from hf_compress.pipeline import compress
 from hf_compress.recipe import load, parse
 from hf_compress.source import ModelSource, load_model, local_path
@@ -147,8 +148,8 @@ def pruned(arm: Arm, task: Task) -> tuple[PreTrainedModel, dict[str, Any]]:
     if arm.distilled:
         options = {"teacher_model_init_kwargs": expert_options(model.config), "temperature": task.temperature}
         techniques.append(Distillation(str(task.folder), **options))
-    fixed = {"bf16": True, "use_cpu": True, "dataloader_pin_memory": False, "report_to": "none", "disable_tqdm": True}
-    fixed |= {"save_strategy": "no", "logging_steps": 20, "lr_scheduler_type": "cosine"}
+    fixed = {"bf16": bfloat16_is_fast("cpu"), "use_cpu": True, "dataloader_pin_memory": False, "report_to": "none"}
+    fixed |= {"save_strategy": "no", "logging_steps": 20, "lr_scheduler_type": "cosine", "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as scratch:
         trainer = CompressionTrainer(
             model,
