@@ -131,7 +131,8 @@ def by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
     solver = solvers[args.method](grid=entry.traits["grid"](bits=bits, group_size=group, **options), **args.options)
     stored = entry.traits["stores"]
     only = [w.name for w in weights(model) if not isinstance(stored(w, bits=bits, group_size=group), str)]
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(2)]
+    parts = ids.split(max(2, 512 // ids.shape[1]))
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
     compress_blocks(model, batches if solver.needs else [], solver, only=only)
     return model
 
