@@ -97,7 +97,7 @@ def check_options(backend: str, options: Mapping[str, Any], *, where: str) -> No
             raise CompressError(
                 f"{error.errors()[0]['msg']} (got {value!r})",
                 where=f"{where}.{option}",
-                next_step=f"leave it out for {known[option]!r}, or see `hf-compress list backends`",
+                next_step=f"leave it out for {known[option]!r}, or see `hf-compress list {backend}`",
             ) from error
 
 

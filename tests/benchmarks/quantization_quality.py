@@ -32,7 +32,7 @@ from typing import Any
 from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from oneshot_pruning import DRAWS, divergence, gap, ratio, smollm2, write_tokens
+from oneshot_pruning import divergence, gap, ratio, smollm2, write_tokens
 from report import figure, record
 
 SCHEMES = ("w3", "w4", "nf4", "nf4-double", "w2", "w8", "int8")
@@ -73,13 +73,14 @@ def write_sentences(folder: Path, path: Path, *, length: int, rows: int, seeds: 
 
 def points(ours: list[Run], theirs: list[Run]) -> tuple[float, list[float]]:
     """Accuracy, ours less theirs, in points, with its 95% interval."""
-    steps = [
-        100 * mean(a["right"][i] - b["right"][i] for a, b in zip(ours, theirs, strict=True))
-        for i in range(len(ours[0]["right"]))
-    ]
-    made = random.Random(0)
-    draws = sorted(mean(made.choices(steps, k=len(steps))) for _ in range(DRAWS))
-    return mean(steps), [draws[DRAWS // 40], draws[-DRAWS // 40]]
+    import torch
+
+    from hf_compress.evaluation.quality import paired_difference
+
+    base, other = (torch.tensor([run["right"] for run in runs]).mean(0) for runs in (theirs, ours))
+    ones = torch.ones_like(base)
+    found = paired_difference(torch.stack([base, ones], 1), torch.stack([other, ones], 1), "text-classification")
+    return 100 * found["value"], [100 * found["low"], 100 * found["high"]]
 
 
 def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namespace) -> Run | None:
