@@ -122,7 +122,10 @@ def scales(matrix: Tensor, grid: Grid) -> Tensor:
             next_step="kind int, or a solver that finds zero points (rtn, hqq)",
         )
     top = _finite(grid.groups(matrix).abs().amax(-1).float())
-    return torch.where(top > 0, top / grid.largest, torch.ones_like(top)).to(matrix.dtype)
+    size = torch.where(top > 0, top / grid.largest, torch.ones_like(top))
+    limits = torch.finfo(matrix.dtype)
+    least = limits.smallest_normal * limits.eps  # fp16 counts what is below the smallest normal number in steps of it
+    return torch.where(size < limits.smallest_normal, (size / least).ceil() * least, size).to(matrix.dtype)
 
 
 def min_max(matrix: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

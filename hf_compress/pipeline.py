@@ -29,7 +29,7 @@ from hf_compress.hub import Publish, Published, publish
 from hf_compress.licence import copy_texts, source_licence
 from hf_compress.planning import require_possible
 from hf_compress.recipe import NamedStage, Recipe, parse
-from hf_compress.source import ModelSource, load_meta, load_model, read_config, task_of, weight_files
+from hf_compress.source import ModelSource, load_meta, load_model, not_as_stored, read_config, task_of, weight_files
 from hf_compress.stages import Done, Work
 from hf_compress.verification import (
     EXPECTATION,
@@ -217,7 +217,8 @@ def _read_source(recipe: Recipe, room: Path, say: Callable[[str], None]) -> Path
     """The checkpoint that the first stage starts from: where the model lies, for a stage that streams it from there,
     else a copy as plain safetensors."""
     files, source = weight_files(recipe.model), Finished.stage(room, recipe, -1)
-    if recipe.stages and getattr(recipe.stages[0].stage, "streaming", False) and _plain(recipe.model, files):
+    streams = bool(recipe.stages) and getattr(recipe.stages[0].stage, "streaming", False)
+    if streams and files and not not_as_stored(recipe.model):
         return files[0].parent
     if not source.done:
         say("reading the model")
@@ -291,17 +292,6 @@ def _blocks(final: Path, floating: Path, task: str, records: list[dict[str, Any]
         for entry, before in zip(found, block_profile(floating, task, zeros=True), strict=True):
             entry["zeros"] = before["zeros"]
     return found
-
-
-def _plain(source: ModelSource, files: list[Path]) -> bool:
-    """A safetensors folder whose weights, tokenizer and dtype need no change."""
-    return (
-        bool(files)
-        and not source.gguf_file
-        and not source.dequantize
-        and source.tokenizer is None
-        and source.dtype == "auto"
-    )
 
 
 def _fits(folder: Path, source: ModelSource) -> bool:

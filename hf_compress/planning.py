@@ -9,13 +9,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.backends import backends, foresee
 from hf_compress.backends.elsewhere import FORMATS
+from hf_compress.backends.onnx import refusal
 from hf_compress.coverage import KEPT, coverage
 from hf_compress.environments import environment
 from hf_compress.errors import CompressError
 from hf_compress.evaluation.cost import parameter_counts
+from hf_compress.oneshot import mixed_layers
 from hf_compress.recipe import Recipe
 from hf_compress.selection import without
-from hf_compress.source import format_of, load_meta, read_config, require_floating
+from hf_compress.source import format_of, load_meta, not_as_stored, read_config, require_floating, task_of
 from hf_compress.stages import Export, Prune, Quantize, Shrink, Train
 from hf_compress.stages.trained_grid import not_as_trained
 from hf_compress.surgery import shrink
@@ -114,11 +116,34 @@ def plan(recipe: Recipe) -> list[Planned]:
             notes.append(f"a copy for {RUNTIMES[folder]} ({kind}) lies in {folder}/ beside the checkpoint")
             if chosen:
                 notes += _needs(chosen.environment, f"export to {stage.format}")
-                notes += [REFUSED + why for why in [chosen.refusal(model.config)] if why]
+            why = (chosen.refusal if chosen else refusal)(model.config)
+            notes += [REFUSED + why] if why else []
+        if isinstance(stage, Prune | Quantize):
+            notes += _streams(recipe, stage) + _masks(model, stage)
         if recipe.data is None and stage.calibrates(model):
             notes.append(f"{REFUSED}it calibrates on text, and the recipe has no data: section")
         rows.append(_row(named.name, named.kind, model, bytes_now, share, experts, notes))
     return rows
+
+
+def _streams(recipe: Recipe, stage: Prune | Quantize) -> list[str]:
+    """What is in the way of a stage that would go block by block."""
+    if not stage.streaming:
+        return []
+    found = []
+    if task_of(recipe.model, read_config(recipe.model)) != "causal-lm":
+        found.append(f"{REFUSED}streaming takes causal language models; leave streaming out")
+    if recipe.stages[0].stage is stage and (why := not_as_stored(recipe.model)):
+        found.append(f"memory: the whole model is read first, {why}")
+    return found
+
+
+def _masks(model: PreTrainedModel, stage: Prune | Quantize) -> list[str]:
+    elsewhere = isinstance(stage, Quantize) and "environment" in backends.entry(stage.backend).traits
+    mixed = not elsewhere and stage.calibrates(model) and mixed_layers(model.config)
+    return (
+        [f"{REFUSED}{mixed}; a method that reads no text, or a model without sliding-window layers"] if mixed else []
+    )
 
 
 def _needs(name: str, what: str) -> list[str]:

@@ -280,6 +280,22 @@ def weight_files(source: ModelSource) -> list[Path]:
     return [path / source.gguf_file] if source.gguf_file else sorted(path.glob("*.safetensors"))
 
 
+def not_as_stored(source: ModelSource) -> str:
+    """Why a stage cannot stream the checkpoint from where it lies; "" when it can."""
+    if source.id is None:
+        return "model.config makes it anew"
+    stored = read_config(source).dtype
+    for key, differs in (
+        ("gguf_file", source.gguf_file),
+        ("dequantize", source.dequantize),
+        ("tokenizer", source.tokenizer),
+        ("dtype", source.dtype not in ("auto", str(stored).removeprefix("torch."))),
+    ):
+        if differs:
+            return f"as the checkpoint is not stored as model.{key} asks (leave it out to stream)"
+    return ""
+
+
 def load_meta(source: ModelSource) -> PreTrainedModel:
     """The model on the meta device, from its config alone: shapes, no memory."""
     config = read_config(source)

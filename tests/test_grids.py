@@ -159,6 +159,15 @@ def test_the_derivative_of_s_round_v_over_s_is_ds_plus_v_over_s() -> None:
     assert found[2:4] == [3.0, -4.0]  # Qp and Qn
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.8e-5, 1e-3])
+def test_scales_of_tiny_fp16_weights_clip_nothing(size: float) -> None:
+    matrix = (torch.linspace(-1, 1, 64)[None] * size).half()
+    scale = scales(matrix, Grid(8))
+    assert float(scale) > 0
+    off = (fake_quantize(matrix, scale, Grid(8)).float() - matrix.float()).abs()
+    assert float(off.max()) <= 1.01 * float(scale)
+
+
 def test_learned_scales_start_as_in_the_paper() -> None:
     matrix = torch.tensor([[1.0, -3.0, 2.0, -2.0], [0.0, 0.0, 0.0, 0.0]])
     torch.testing.assert_close(first_scales(matrix, Grid(4, 2)), torch.tensor([[4 / 7**0.5] * 2, [1.0, 1.0]]))

@@ -56,7 +56,8 @@ as it is;
 QAT chose: an `oneshot.Container`.
 ``adapters(model, *, bits, group_size, **options)``: why LoRA does not train on what it packs of `model`, "" where it
 does.
-Where weights can differ, all but `grid` take `grids` too: weight name -> its own `Grid`.
+Where weights can differ, all but `grid` take `grids` too: weight name -> its own `Grid`. A backend with `grid` takes
+``scales`` (weight name -> (out, groups)), on which the weights of the model lie, and stores their codes.
 environment: name of the one its library lives in (`hf_compress.environments`); such a backend takes ``calibration``
 (batches) and writes the expectation of `verify` itself.
 """
@@ -212,7 +213,7 @@ def quantize(
         scales = _rounded(model, backend, method, batches, solver_options or {}, scheme, only)
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
-    chosen: dict[str, Any] = {} if scales is None else {"scales": scales}
+    chosen: dict[str, Any] = {"scales": scales} if scales else {}
     if "environment" in entry.traits:
         environment(entry.traits["environment"]).require(what=f"backend {backend}", where="quantize")
         chosen |= {"calibration": batches, "say": say}
@@ -248,9 +249,10 @@ def _check_types(model: object, bits: object, group_size: object, batches: Itera
     ):
         if type(given) is not int and (given is not None or name == "bits"):
             raise CompressError(f"{given!r} is no whole number", where=name, next_step=fix)
-    if isinstance(batches, Mapping) or not all(isinstance(b, Mapping) and "input_ids" in b for b in batches):
+    keys = ("input_ids", "attention_mask")
+    if isinstance(batches, Mapping) or not all(isinstance(b, Mapping) and all(k in b for k in keys) for b in batches):
         raise CompressError(
-            "batches are a list of dicts with input_ids",
+            "batches are a list of dicts with input_ids and attention_mask",
             where="batches",
             next_step='batches=[tokenizer(texts, return_tensors="pt", padding=True)]',
         )
@@ -317,5 +319,6 @@ def _rounded(
             next_step="leave it out" if "grid" not in traits else "gptq, or rtn",
         )
     check_solver_options(method, solver_options, where="solver_options")
-    solver = solvers[method](grid=traits["grid"](**scheme), **solver_options)
+    usual = {key: value for key, value in scheme.items() if key != "grids"}
+    solver = solvers[method](grid=traits["grid"](**usual), grids=scheme.get("grids"), **solver_options)
     return compress_blocks(model, list(batches), solver, only=only).scales

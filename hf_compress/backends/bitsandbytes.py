@@ -152,7 +152,7 @@ def bitsandbytes(
             "load_in_4bit": True,
             "bnb_4bit_quant_type": quant_type,
             "bnb_4bit_use_double_quant": double_quant,
-            "bnb_4bit_compute_dtype": getattr(torch, dtype or "float32"),
+            "bnb_4bit_compute_dtype": getattr(torch, dtype) if dtype else model.dtype,
         }
     )
     with tempfile.TemporaryDirectory(dir=folder.parent) as dense:
@@ -205,7 +205,7 @@ def _check_codes(packed: PreTrainedModel, model: PreTrainedModel, scales: Mappin
             if points.bits == 8
             else dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         )
-        wanted = weight.matrix.float()
+        wanted = weight.matrix.float().to(found.device)
         off = float((found.float() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
         if not off <= 0.01:  # half a step is at least three times that; rounding to 16 bits less than half of it
             raise CompressError(

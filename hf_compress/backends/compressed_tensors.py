@@ -78,7 +78,7 @@ class Packing:
     device).
 
     grids: weight name -> its own grid, where it has one. reasons: weight -> why it stays as it is.
-    quantization_config: what config.json says of it.
+    quantization_config: what config.json says of it. notes: what a reader of the card should know.
 
     Raises:
         CompressError: bits below 2 or above 8; Conv1D; with experts, a group size that does not divide every matrix
@@ -132,7 +132,7 @@ class Packing:
         linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         ignored = sorted(linears - {key.removesuffix(".weight") for key in self._packed})
         targets: dict[Grid, list[str]] = {}
-        if experts is not None and self._packed:
+        if experts is not None and routed and self._packed:
             targets[routed[0]] = [f"re:.*{re.escape(experts.module)}.*"]
         for key, points in self._packed.items():
             if (module := key.removesuffix(".weight")) in linears:
@@ -140,6 +140,11 @@ class Packing:
         if len(targets) < 2:
             targets = {points: ["Linear"] for points in targets or [grid(bits=bits, group_size=group_size)]}
         self.quantization_config = self._describe(ignored, targets)
+        self.notes: list[str] = []
+        if activations is not None:
+            self.notes.append("activations are rounded to int8 wherever the folder is run, accuracy included")
+        if len(targets) > 1:
+            self.notes.append("open it without dequantize=True, which reads every layer with the bits of one")
 
     def encode(self, key: str, tensor: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         """What is stored for one tensor of a plain checkpoint: itself, or codes and scales named after it.
@@ -153,7 +158,7 @@ class Packing:
             return {key: tensor}
         points = self._packed[key]
         try:
-            scale = find_scales(tensor, points) if scale is None else scale.to(tensor.dtype)
+            scale = find_scales(tensor, points) if scale is None else scale.to(tensor)
         except CompressError as error:
             raise CompressError(error.what, where=key, next_step=error.next_step) from error
         rounded = codes(tensor, scale, points).to(torch.int8)
@@ -288,9 +293,4 @@ def compressed_tensors(
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     again = type(model).from_pretrained(folder, **expert_options(model.config))
     packed = [w.name for w in weights(model) if w.name not in packing.reasons]
-    notes = []
-    if activations is not None:
-        notes.append("activations are rounded to int8 wherever the folder is run, accuracy included")
-    if len(packing.quantization_config["config_groups"]) > 1:
-        notes.append("open it without dequantize=True, which reads every layer with the bits of one")
-    return Written(again.eval(), coverage(model, packed, packing.reasons), notes)
+    return Written(again.eval(), coverage(model, packed, packing.reasons), packing.notes)

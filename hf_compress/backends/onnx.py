@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.calibration import Batch
 from hf_compress.errors import CompressError, require
@@ -73,14 +73,8 @@ def export_onnx(
             where="export.quantize",
             next_step="add a data: section, or use quantize: int8",
         )
-    family = family_of(model.config)
-    if family.name != "bert":
-        raise CompressError(
-            f"ONNX export of {family.name} models is not supported: without a cache the file would not serve, "
-            "and for DeepSeek the exporter is silently wrong",
-            where="export",
-            next_step="export encoders, or leave this stage out",
-        )
+    if why := refusal(model.config):
+        raise CompressError(why, where="export", next_step="export encoders, or leave this stage out")
     model = copy.deepcopy(model).float().cpu()  # the caller keeps its dtype and device
     target = folder / "onnx"
     target.mkdir(parents=True, exist_ok=True)
@@ -120,6 +114,17 @@ def export_onnx(
     )
     (target / "export.json").write_text(json.dumps(facts, indent=2))
     return facts
+
+
+def refusal(config: PreTrainedConfig) -> str:
+    """Why a model of this config is not exported; "" when it is."""
+    name = family_of(config).name
+    if name == "bert":
+        return ""
+    return (
+        f"ONNX export of {name} models is not supported: without a cache the file would not serve, and for DeepSeek "
+        "the exporter is silently wrong (`format: optimum-onnx` exports dense decoders)"
+    )
 
 
 def check(quantize: str | None) -> None:

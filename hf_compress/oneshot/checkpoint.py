@@ -33,6 +33,7 @@ class Container(Protocol):
     """How a folder stores matrices in fewer bits, for blocks that are written one by one."""
 
     quantization_config: dict[str, Any]
+    notes: list[str]
 
     def encode(self, key: str, tensor: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         """What is stored for the tensor `key` of a plain checkpoint: itself, or its codes and scales (`scale`: the one

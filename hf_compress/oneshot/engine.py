@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.allocator import trim
 from hf_compress.calibration import Batch, cut, tokens_in
@@ -115,17 +115,13 @@ def run_blocks(
         has inputs, for one that fits values to them; layers that take different masks (sliding windows). Then:
         activations that are not finite (naming the block).
     """
-    if solver.needs and not batches:
+    if solver.reads_text and not batches:
         raise CompressError("there is nothing to calibrate on", where="one-shot compression", next_step="give batches")
-    batches = batches if solver.needs else []
+    batches = batches if solver.reads_text else []
     if solver.tuning is not None:
         batches = cut(batches, min(STEP_TOKENS, sum(b["input_ids"].numel() for b in batches) // STEPS))
-    if batches and len(set(getattr(model.config, "layer_types", None) or ["same"])) > 1:
-        raise CompressError(
-            "blocks of this model take different attention masks",
-            where="config.layer_types",
-            next_step="use a model without sliding-window layers",
-        )
+    if batches and (mixed := mixed_layers(model.config)):
+        raise CompressError(mixed, where="config.layer_types", next_step="use a model without sliding-window layers")
     blocks = blocks_of(model)
     wanted = None if only is None else set(only)
     by_block: dict[int, list[Weight]] = {index: [] for index in range(len(blocks))}
@@ -168,6 +164,12 @@ def run_blocks(
         trim()
     report.scales = store.scales
     return report
+
+
+def mixed_layers(config: PreTrainedConfig) -> str:
+    """Why blocks of such a model cannot be run one by one on the same masks; "" when they can."""
+    alike = len(set(getattr(config, "layer_types", None) or ["same"])) == 1
+    return "" if alike else "blocks of this model take different attention masks"
 
 
 def _require_tokens(batches: list[Batch], found: list[Weight]) -> None:

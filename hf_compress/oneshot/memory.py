@@ -84,9 +84,10 @@ class InMemory:
                     where=str(self.folder),
                     next_step="remove the folder, or repeat that run's options",
                 )
-        tensors = load_file(self._path(block))
+        module = blocks_of(self.model)[block]
+        tensors = load_file(self._path(block), device=str(next(module.parameters()).device))
         self.scales |= {key.removeprefix(SCALE): tensors.pop(key) for key in list(tensors) if key.startswith(SCALE)}
-        blocks_of(self.model)[block].load_state_dict(tensors)
+        module.load_state_dict(tensors)
         return Notes(**json.loads(metadata["notes"]))
 
     def save(self, block: int, notes: Notes) -> None:

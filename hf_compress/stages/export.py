@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
@@ -66,9 +67,11 @@ class Export(Stage):
     def run(self, work: Work) -> Done:
         text = self.calibrates(work.model)
         batches = work.calibration(work.model.config.vocab_size, self.samples) if text else []
+        name = FORMATS[self.format].folder if self.format in FORMATS else "onnx"
+        shutil.rmtree(work.folder / name, ignore_errors=True)  # of a run that was interrupted when it had its name
         if self.format == "onnx":
             facts = export_onnx(work.model, work.folder, quantize=self.quantize, batches=batches)
-            return Done(work.model, facts, extras={"onnx": work.folder / "onnx"}, scales=work.scales)
+            return Done(work.model, facts, extras={name: work.folder / name}, scales=work.scales)
         facts = export_elsewhere(
             work.model,
             work.folder,
@@ -78,5 +81,4 @@ class Export(Stage):
             calibration=batches,
             say=work.say,
         )
-        folder = FORMATS[self.format].folder
-        return Done(work.model, facts, extras={folder: work.folder / folder}, scales=work.scales)
+        return Done(work.model, facts, extras={name: work.folder / name}, scales=work.scales)

@@ -45,7 +45,7 @@ class Prune(PruneOptions, Stage):
             raise CompressError("packed weights cannot be pruned", where=where, next_step="put prune before quantize")
 
     def calibrates(self, model: PreTrainedModel) -> bool:
-        return self.whole_model or bool(self.solver(model, []).needs)
+        return self.whole_model or self.solver(model, []).reads_text
 
     def run(self, work: Work) -> Done:
         model = empty_model(Path(work.checkpoint)) if self.streaming else work.model

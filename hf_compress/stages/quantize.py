@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ class Quantize(Stage):
                     where="budget",
                     next_step="leave streaming out, or give overrides instead of a budget",
                 )
-            check(**scheme, **self.options, grids={"budget": Grid(FEWEST, self.group_size)})
+            check(**scheme, **self.options, grids={"budget": replace(self._grid, bits=FEWEST)})
         check_overrides(self.overrides, where="overrides")
         for pattern, own in self.overrides.items():
             try:
@@ -175,7 +175,7 @@ class Quantize(Stage):
         scheme: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
         if self.overrides:
             names = [w.name for w in weights(model)]
-            own = given_grids(names, self.overrides, Grid(self.bits, self.group_size), where="quantize.overrides")
+            own = given_grids(names, self.overrides, self._grid, where="quantize.overrides")
             scheme["grids"] = own
         if self.budget is not None:
             sizes = self._sizes(model, scheme)
@@ -200,7 +200,9 @@ class Quantize(Stage):
     def _stored(self, model: PreTrainedModel, scheme: dict[str, Any]) -> int:
         """Weights that the container stores in fewer bits."""
         stores = backends.entry(self.backend).traits["stores"]
-        return sum(w.shape[0] * w.shape[1] for w in weights(model) if not isinstance(stores(w, **scheme), str))
+        return sum(
+            w.shape[0] * w.shape[1] for w in weights(model) if not isinstance(stores(w, **scheme, **self.options), str)
+        )
 
     def _sizes(self, model: PreTrainedModel, scheme: dict[str, Any]) -> dict[str, dict[int, float]]:
         """Part -> bits -> bits on disk, scales included, of each choice. What is overridden is one part, without a
@@ -208,8 +210,8 @@ class Quantize(Stage):
         stores, fixed = backends.entry(self.backend).traits["stores"], scheme.get("grids", {})
 
         def size(members: list[Weight], bits: int) -> float:
-            grids = {w.name: Grid(bits, self.group_size) for w in members} | fixed
-            sizes = [stores(w, **(scheme | {"grids": grids})) for w in members]
+            grids = {w.name: replace(self._grid, bits=bits) for w in members} | fixed
+            sizes = [stores(w, **(scheme | {"grids": grids}), **self.options) for w in members]
             return float(sum(8 * each for each in sizes if not isinstance(each, str)))
 
         choices = range(FEWEST, self.bits + 1)
@@ -222,7 +224,7 @@ class Quantize(Stage):
         assert self.budget is not None
         model, sizes, fixed = work.model, self._sizes(work.model, scheme), scheme.get("grids", {})
         parts = {name: members for name, members in _free(model, fixed).items() if name in sizes}
-        grids = {bits: Grid(bits, self.group_size) for bits in range(FEWEST, self.bits + 1)}
+        grids = {bits: replace(self._grid, bits=bits) for bits in range(FEWEST, self.bits + 1)}
         batches = work.calibration(model.config.vocab_size, min(self.samples, JUDGED))
         losses = sensitivities(model, batches, parts, grids, cache=work.folder.parent)
         count = self._stored(model, scheme)
@@ -246,7 +248,7 @@ class Quantize(Stage):
     def calibrates(self, model: PreTrainedModel) -> bool:
         asked = (self.smooth, self.eora, self.budget, backends.entry(self.backend).traits.get("environment"))
         return any(each is not None for each in asked) or (
-            self.method is not None and bool(self._rounding({}, self.method).needs)
+            self.method is not None and self._rounding({}, self.method).reads_text
         )
 
     def run(self, work: Work) -> Done:
@@ -260,11 +262,16 @@ class Quantize(Stage):
             solver = self._rounding(scheme, "rtn")
             packing = traits["packing"](empty, **scheme, **self.options)
             batches = work.calibration(empty.config.vocab_size, self.samples) if self.calibrates(empty) else []
-            report, covered = compress_checkpoint(Path(work.checkpoint), saved, batches, solver, container=packing)
-            covered.require(self.min_coverage, where=where)
-            return Done(None, report.facts(), covered, saved, quantized=self.backend)
+            foreseen = foresee(empty, self.backend, **scheme, **self.options)
+            foreseen.coverage.require(self.min_coverage, where=where)
+            only = [w.name for w in weights(empty) if w.name not in foreseen.reasons]
+            report, _ = compress_checkpoint(
+                Path(work.checkpoint), saved, batches, solver, only=only, container=packing
+            )
+            facts = report.facts() | {"notes": packing.notes}
+            return Done(None, facts, foreseen.coverage, saved, quantized=self.backend)
         scheme = self.scheme(work.model)
-        scales, facts = work.scales if "packing" in traits else None, dict[str, Any]()
+        scales, facts = work.scales if "packing" in traits else None, {}
         if self.budget is not None:
             facts["allocation"] = self._allocate(work, scheme)
         ours = self.method or ("rtn" if self.eora is not None else None)

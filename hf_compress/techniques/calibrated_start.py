@@ -54,9 +54,11 @@ def _as_dataset(rows: Any, samples: int, seed: int) -> Dataset:
     return Dataset.from_list([rows[int(index)] for index in order[:samples]])
 
 
-def solved(model: nn.Module, wanted: Sequence[Weight], grid: Grid, batches: list[Batch]) -> dict[str, Tensor]:
-    """Put the values that ``gptq`` rounds `wanted` to into the model, and leave it in evaluation mode; weight name ->
-    their scales (out, groups).
+def solved(
+    model: nn.Module, wanted: Sequence[Weight], grid: Grid, batches: list[Batch], *, epochs: int
+) -> dict[str, Tensor]:
+    """Put the values that ``gptq`` (with `epochs` of its tuning) rounds `wanted` to into the model, and leave it in
+    evaluation mode; weight name -> their scales (out, groups).
 
     Every rank does it on the same rows, and takes what rank 0 found: products of two devices differ in their last
     digits, and levels beside a rounding border with them.
@@ -65,7 +67,7 @@ def solved(model: nn.Module, wanted: Sequence[Weight], grid: Grid, batches: list
         CompressError: as `compress_blocks`.
     """
     names = [weight.name for weight in wanted]
-    report = compress_blocks(base_of(model), batches, solvers["gptq"](grid=grid), only=names)
+    report = compress_blocks(base_of(model), batches, solvers["gptq"](grid=grid, epochs=epochs), only=names)
     if torch.distributed.is_initialized():
         for value in [*{w.parameter: w.whole.data for w in wanted}.values(), *report.scales.values()]:
             torch.distributed.broadcast(value, src=0)

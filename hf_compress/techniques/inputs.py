@@ -138,9 +138,13 @@ def _over_ranks(seen: Seen) -> Seen:
     """What all ranks saw."""
     if not torch.distributed.is_initialized():
         return seen
-    ends = torch.tensor([-seen.low, seen.high], dtype=torch.float64)
+    on_gpu = torch.distributed.get_backend() == "nccl"  # which sums nothing else
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    ends = torch.tensor([-seen.low, seen.high], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
     seen.low, seen.high = -float(ends[0]), float(ends[1])
     seen.grow(max(-seen.low, seen.high))
-    torch.distributed.all_reduce(seen.counts)
+    counts = seen.counts.to(device)
+    torch.distributed.all_reduce(counts)
+    seen.counts = counts.cpu()
     return seen

@@ -72,6 +72,10 @@ class QAT(Technique):
         },
     )
     samples: int = field(default=128, metadata={"help": "rows of training text that `start: gptq` reads"})
+    start_epochs: int = field(
+        default=0,
+        metadata={"help": "passes over them in which `start: gptq` moves the levels of a block together too"},
+    )
     scale_rate: float = field(
         default=10.0, metadata={"help": "lsq: learning rate of the scales' logarithms, over that of the weights"}
     )
@@ -194,7 +198,7 @@ class QAT(Technique):
         if self.start == "gptq":
             batches = training_batches(self._trainer, self.samples)
             self._read = tokens_in(batches)
-            scales = solved(self._trainer.model, self._weights, self.grid, batches)
+            scales = solved(self._trainer.model, self._weights, self.grid, batches, epochs=self.start_epochs)
         self._on = True
         for rounding in self._roundings:
             rounding.begin(self._stored(rounding), scales)
@@ -278,6 +282,12 @@ class QAT(Technique):
             hook.remove()
         if self._inputs is not None:
             self._inputs.remove()
+        if not self._on:
+            raise CompressError(
+                f"the run ended before step {self._first}, where rounding begins: the weights were never rounded",
+                where="qat.begin",
+                next_step="train longer, or begin earlier",
+            )
         self._scales = {name: scale for r in self._roundings for name, scale in r.bake().items()}
 
     @property
@@ -296,7 +306,7 @@ class QAT(Technique):
         if self.activations is not None:
             more |= {"activations": self.activations, "ranges": self.ranges}
         if self.start != "dense":
-            more |= {"calibration_tokens": self._read}
+            more |= {"calibration_tokens": self._read, "start_epochs": self.start_epochs}
         return {
             "bits": self.bits,
             "group_size": self.group_size,

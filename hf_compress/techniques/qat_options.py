@@ -28,9 +28,9 @@ def check_options(options: QAT) -> None:
             raise CompressError(
                 f"unknown {key} {given!r}", where=f"qat.{key}", next_step=did_you_mean(str(given), known)
             )
-    for key in ("bits", "group_size", "activations", "samples"):
+    for key in ("bits", "group_size", "activations", "samples", "start_epochs"):
         given = getattr(options, key)
-        if type(given) is not int and (given is not None or key in ("bits", "samples")):
+        if type(given) is not int and (given is not None or key not in ("group_size", "activations")):
             raise CompressError(f"{given!r} is no whole number", where=f"qat.{key}", next_step="leave out quotes")
     number, unit = parse_when(options.begin, where="qat.begin")
     frozen = None if options.freeze_after is None else parse_when(options.freeze_after, where="qat.freeze_after")
@@ -50,6 +50,8 @@ def check_options(options: QAT) -> None:
         (f"a rate of {options.scale_rate} does not train", "scale_rate"): options.scale_rate <= 0,
         (f"{options.samples} rows are none to calibrate on", "samples"): options.samples < 1,
         ("only `start: gptq` reads rows", "samples"): not solved and options.samples != type(options).samples,
+        (f"{options.start_epochs} passes cannot be made", "start_epochs"): options.start_epochs < 0,
+        ("only `start: gptq` makes passes of its own", "start_epochs"): not solved and options.start_epochs > 0,
         (f"gptq has no form for {options.kind}", "start"): solved and options.kind not in ("int", "nf4", "fp4"),
         ("ste would find other scales than gptq chose; method: lsq keeps them", "start"): solved
         and options.kind == "int"

@@ -12,6 +12,7 @@ import torch
 from hf_compress import QAT, Pruning, prune
 from hf_compress.backends import PartlyStored, quantize
 from hf_compress.errors import CompressError
+from hf_compress.grids import Grid
 from hf_compress.planning import plan, require_possible
 from hf_compress.recipe import parse
 from hf_compress.weights import weights
@@ -170,6 +171,7 @@ CT4: dict[str, Any] = {"backend": "compressed-tensors", "bits": 4, "group_size":
         ({"budget": 3.5}, r"does not take 'budget'[\s\S]*recipe"),
         ({"method": "gptq", "batches": ["a text"]}, r"dicts with input_ids[\s\S]*tokenizer\(texts"),
         ({"method": "gptq", "batches": {"input_ids": torch.ones(1, 4)}}, "dicts with input_ids"),
+        ({"method": "gptq", "batches": [{"input_ids": torch.ones(1, 4)}]}, "and attention_mask"),
         ({"group_size": 48}, r"no matrix would be stored in fewer bits: 48 does not divide its 64 inputs"),
     ],
 )
@@ -179,6 +181,49 @@ def test_what_a_script_gets_wrong_is_named_with_the_next_step(
     with pytest.raises(CompressError, match=reason):
         quantize(tiny("llama"), tmp_path / "out", **(CT4 | asked))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stage", "reason"),
+    [
+        ("llama", {"export": {}}, r"ONNX export of llama[\s\S]*optimum-onnx"),
+        ("bert", {"quantize": CT4 | {"streaming": True}}, "streaming takes causal language models"),
+        ("qwen2", {"quantize": CT4 | {"method": "gptq"}}, "different attention masks"),
+        ("qwen2", {"prune": {}}, "different attention masks"),
+    ],
+)
+def test_what_a_stage_cannot_do_for_a_model_is_said_before_a_weight_is_read(
+    model_type: str, stage: dict[str, Any], reason: str
+) -> None:
+    config: dict[str, Any] = {"model_type": model_type, "num_hidden_layers": 4}
+    if model_type == "qwen2":
+        config |= {"use_sliding_window": True, "max_window_layers": 2}
+    task = "text-classification" if model_type == "bert" else "causal-lm"
+    recipe = {"name": "x", "model": {"config": config, "task": task}, "data": {"id": "unread"}, "stages": [stage]}
+    with pytest.raises(CompressError, match=reason):
+        require_possible(parse(recipe))
+
+
+def test_streaming_says_what_makes_it_read_the_whole_model(tmp_path: Path) -> None:
+    tiny("llama").bfloat16().save_pretrained(tmp_path)
+    stages = [{"quantize": CT4 | {"streaming": True}}]
+
+    def whole(**more: str) -> list[str]:
+        model = {"id": str(tmp_path), "task": "causal-lm"} | more
+        return [n for n in plan(parse({"name": "x", "model": model, "stages": stages}))[-1].notes if "read first" in n]
+
+    assert whole() == whole(dtype="bfloat16") == []
+    assert "model.dtype asks (leave it out to stream)" in whole(dtype="float32")[0]
+    assert "model.tokenizer asks" in whole(tokenizer=str(tmp_path))[0]
+
+
+def test_a_solver_rounds_each_weight_to_its_own_grid(tmp_path: Path) -> None:
+    model = tiny("llama")
+    own = {w.name: Grid(8, 32) for w in weights(model) if "down_proj" in w.name}
+    quantize(model, tmp_path / "out", **CT4, method="rtn", grids=own)
+    for weight in weights(model):
+        levels = len(weight.matrix[0, :32].unique())
+        assert (levels > 16) == (weight.name in own)
 
 
 def test_a_name_in_place_of_a_model_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from hf_compress.pipeline import compress
 from hf_compress.planning import plan
 from hf_compress.recipe import parse
 from hf_compress.shippable import shippable
+from hf_compress.source import ModelSource
+from hf_compress.stages import Export, Work
 from hf_compress.verification import verify, write_expectation, write_onnx_expectation
 from hf_compress.weights import weights
 from tests.models import CONFIGS, tiny
@@ -150,6 +152,16 @@ def test_an_export_is_compared_and_opened_again(stub: Any, tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir() if p.name != "workers"] == ["openvino"]
 
 
+def test_a_bfloat16_model_is_compared_as_the_worker_opens_it(stub: Any, tmp_path: Path) -> None:
+    model = tiny("llama").bfloat16()
+    export_elsewhere(model, tmp_path, format="openvino", quantize=None)
+    assert model.dtype == torch.bfloat16
+    exact = tiny("llama").bfloat16().float()
+    expected = load_file(tmp_path / "openvino" / worker.EXPECTATION)
+    asked = {key: expected[key] for key in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(expected["logits"], exact(**asked).logits)
+
+
 def test_a_library_that_computes_something_else_is_refused(stub: Any, tmp_path: Path) -> None:
     stub(scale=1.01)
     with pytest.raises(CompressError, match=r"computes something else[\s\S]*do not ship"):
@@ -161,6 +173,16 @@ def test_a_folder_that_answers_otherwise_when_opened_again_is_refused(stub: Any,
     stub(recorded=0.5)
     with pytest.raises(CompressError, match="otherwise when opened again"):
         export_elsewhere(tiny("llama"), tmp_path, format="openvino", quantize=None)
+    assert not (tmp_path / "openvino").exists()
+
+
+def test_an_export_that_was_interrupted_when_it_had_its_name_is_made_again(stub: Any, tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "source")
+    left = tmp_path / "openvino" / "of the run before"
+    left.mkdir(parents=True)
+    done = Export("openvino").run(Work(ModelSource(str(tmp_path / "source")), "causal-lm", None, None, tmp_path))
+    assert (done.extras["openvino"] / "export.json").exists()
+    assert not left.exists()
 
 
 def test_verify_opens_the_copy_in_its_environment(stub: Any, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from hf_compress.oneshot import engine as engine_module
 from hf_compress.oneshot.checkpoint import MARKER, _Streamed
 from hf_compress.oneshot.engine import Notes
 from hf_compress.oneshot.memory import InMemory
+from hf_compress.source import ModelSource
+from hf_compress.stages import Quantize, Work
 from hf_compress.weights import blocks_of, weights
 from tests.models import CONFIGS, tiny
 from tests.training import collate, rows
@@ -411,6 +413,20 @@ def test_streamed_into_a_container_equals_the_backend_in_memory(
     assert torch.equal(one, two)
     total = {f: sum(p.stat().st_size for p in (tmp_path / f).glob("*.safetensors")) for f in ("memory", "streamed")}
     assert total["streamed"] < total["memory"] * 1.1
+
+
+def test_what_the_container_leaves_as_it_is_is_left_when_streamed(tmp_path: Path) -> None:
+    model = tiny("llama", intermediate_size=96)
+    model.save_pretrained(tmp_path / "source")
+    stage = Quantize("compressed-tensors", 4, 64, method="hqq", streaming=True, min_coverage=0.5)
+    done = stage.run(Work(ModelSource(str(tmp_path / "source")), "causal-lm", None, None, tmp_path))
+    assert done.coverage is not None
+    assert {why: len(names) for why, names in done.coverage.skipped.items()}["64 does not divide its 96 inputs"] == 2
+    assert done.facts["weights"] == 12
+    again = type(model).from_pretrained(done.saved)
+    dense, left = {w.name: w.matrix for w in weights(model)}, [w for w in weights(again) if "down_proj" in w.name]
+    assert len(left) == 2
+    assert all(torch.equal(weight.matrix, dense[weight.name]) for weight in left)
 
 
 def half_scale(bits: int, group_size: int) -> Solver:

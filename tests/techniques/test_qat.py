@@ -112,6 +112,19 @@ def test_rounding_begins_late_and_scales_freeze(tmp_path: Path) -> None:
     assert not _attached(QAT(4, begin=0.5)).settled(0, 8)
 
 
+@pytest.mark.parametrize("method", ["ste", "lsq"])
+def test_a_run_that_ends_before_rounding_began_says_so(method: str, tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    run = trainer(tiny("llama", **SMALL), tmp_path, [QAT(4, method=method, begin=0.5)], max_steps=8)
+    run.add_callback(Stop())
+    with pytest.raises(CompressError, match="before step 4, where rounding begins"):
+        run.train()
+    assert all(w.attribute not in w.module.__dict__ for w in weights(run.model))  # the plain model is left
+
+
 def test_a_frozen_range_clips_what_grows(tmp_path: Path) -> None:
     qat = QAT(4, freeze_after="1 step")
     run = trainer(tiny("llama", **SMALL), tmp_path, [qat], max_steps=4, learning_rate=0.1)
@@ -228,7 +241,9 @@ GPTQ = {"bits": 3, "group_size": 32, "method": "lsq", "start": "gptq", "samples"
 
 FROM_GPTQ = {
     "learned": GPTQ | {"skip": ["attention|attn"]},
+    "learned, tuned": GPTQ | {"start_epochs": 2},
     "nf4": {"kind": "nf4", "group_size": 64, "start": "gptq", "samples": 16},
+    "nf4, tuned": {"kind": "nf4", "group_size": 64, "start": "gptq", "samples": 16, "start_epochs": 1},
 }
 
 
@@ -238,7 +253,8 @@ def test_what_does_not_train_stays_what_gptq_made(name: str, options: dict, tmp_
     qat, model, twin = QAT(**options), tiny(name, num_hidden_layers=2), tiny(name, num_hidden_layers=2)
     run = trainer(model, tmp_path, [qat], max_steps=2, learning_rate=0.0)
     batches, names = training_batches(trainer(twin, tmp_path, []), 16), [w.name for w in qat._weights]
-    scales = compress_blocks(twin, batches, solvers["gptq"](grid=qat.grid), only=names).scales
+    solver = solvers["gptq"](grid=qat.grid, epochs=options.get("start_epochs", 0))
+    scales = compress_blocks(twin, batches, solver, only=names).scales
     run.train()
     assert qat.scales.keys() == scales.keys()
     for ours, theirs in zip(weights(run.model), weights(twin), strict=True):
@@ -335,6 +351,8 @@ def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
         ("llama", GPTQ | {"scale_start": "mean"}, "would do nothing"),
         ("llama", GPTQ | {"samples": 0}, "none to calibrate on"),
         ("llama", {"samples": 64}, "only `start: gptq` reads rows"),
+        ("llama", {"start_epochs": 2}, "only `start: gptq` makes passes"),
+        ("llama", GPTQ | {"start_epochs": -1}, "cannot be made"),
         ("llama", {"skip": ["q_prj"]}, "did you mean 'q_proj'"),
         ("deepseek_v3", {"skip": [r"down_proj\.2$"]}, "some experts of one parameter"),
         ("deepseek_v3", {"bits": 8, "activations": 8}, "stacked experts cannot be rounded"),

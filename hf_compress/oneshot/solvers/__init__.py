@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from hf_compress.criteria import Criterion, Statistics, seed_of
@@ -24,8 +25,9 @@ CALIBRATED = frozenset({"input_norm", "input_max", "hessian", "drift", "folds"})
 @dataclass(frozen=True)
 class Solved:
     """New values of a matrix, (out, in). scale: (out, groups), the grid they lie on, when the solver chose one: a
-    container then stores exactly these codes instead of finding a scale of its own. ratio: (out, in), values / scale
-    before rounding, NaN where the level is fixed; what `tune` starts from."""
+    container then stores exactly these codes instead of finding a scale of its own. None has room for zero points:
+    what lies on a grid with them is for analysis. ratio: (out, in), values / scale before rounding, NaN where the
+    level is fixed; what `tune` starts from."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -38,7 +40,7 @@ class Solver:
 
     solve: (weights that read one input, its statistics) -> the new values of each; `weight.matrix` holds the old. The
     statistics are its own to use up (`Statistics.let_go`).
-    needs: the `Statistics` fields it reads; none of them, and the blocks are not run at all.
+    needs: the `Statistics` fields it reads; without them, and without tuning, the blocks are not run at all.
     staged: inside a block too, each matrix sees what the already compressed ones before it let through.
     refits: gives weights new values fitted to the calibration text, so that too little of it is refused.
     tuning: how what it leaves of a block is tuned together, toward the dense block's outputs; None: not at all.
@@ -55,6 +57,11 @@ class Solver:
 
     def __post_init__(self) -> None:
         assert set(self.needs) <= CALIBRATED, f"calibration does not make {set(self.needs) - CALIBRATED}"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the blocks are run at all."""
+        return bool(self.needs) or self.tuning is not None
 
     @property
     def follows_dense(self) -> bool:
@@ -86,13 +93,18 @@ def check_solver_options(name: str, given: Mapping[str, Any], *, where: str) -> 
                 where=where,
                 next_step=did_you_mean(option, known) if known else "it has none: leave solver_options out",
             )
-        number = hints[option] in (int, float)
-        fits = type(value) in ((int, float) if hints[option] is float else (hints[option],))
-        if not fits or (number and value < 0):
+        hint = hints[option]
+        try:
+            TypeAdapter(hint).validate_python(value, strict=True)
+            fits = type(value) not in (int, float) or value >= 0
+        except ValidationError:
+            fits = False
+        if not fits:
+            kind = hint.__name__ if isinstance(hint, type) else str(hint)
             raise CompressError(
                 f"{value!r} is no value of {name}'s {option!r}",
                 where=where,
-                next_step=hints[option].__name__ + (", 0 or more" if number else ""),
+                next_step=kind + (", 0 or more" if hint in (int, float) else ""),
             )
 
 
