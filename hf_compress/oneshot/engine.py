@@ -206,7 +206,7 @@ class _Turn:
 
     def run_dense(self, *, keep: bool) -> None:
         """The dense model's stream through this block, which is still dense; `keep` what its matrices read, in
-        bfloat16 where that is shorter: a rounding far below the difference it is there to measure."""
+        bfloat16 where that is shorter: rows that are only multiplied with others and summed."""
         modules = {g.first.module for stage in self.stages for g in stage} | set(self._residuals.values())
         for call, dense in zip(self.calls, self.dense, strict=True):
             out: list[Tensor] = []

@@ -13,6 +13,7 @@ from hf_compress.errors import CompressError
 from tests.models import tiny
 
 FAMILIES = ("bert", "gpt2", "llama", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+ALIKE = ("qwen2_moe",)  # stacked experts as in qwen3_moe
 SCHEMES: dict[str, dict[str, dict[str, Any]]] = {
     "bitsandbytes": {
         "int8": {"bits": 8},

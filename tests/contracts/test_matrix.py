@@ -7,17 +7,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_compress.backends import foresee, quantize
+from hf_compress.backends import backends, foresee, quantize
 from hf_compress.blocks import block_profile
 from hf_compress.coverage import Coverage
 from hf_compress.errors import CompressError
+from hf_compress.families import families
 from hf_compress.verification import verify
 from hf_compress.weights import weights
-from tests.contracts.matrix import FAMILIES, SCHEMES, containers, foreseen, model_of, outcome, row, table
+from tests.contracts.matrix import ALIKE, FAMILIES, SCHEMES, containers, foreseen, model_of, outcome, row, table
 
 IDS = torch.arange(3, 19)[None]
 README = (Path(__file__).parents[2] / "README.md").read_text()
 ERROR = {2: 2.0, 3: 1.2, 4: 0.6, 8: 0.4}  # of random weights, to tell a wrong code path from rounding
+
+
+def test_no_backend_and_no_family_is_forgotten() -> None:
+    assert {entry.name for entry in backends if "environment" not in entry.traits} == set(SCHEMES)
+    here = {*FAMILIES, *ALIKE}
+    assert [e.name for e in families if not e.value.refused and not here & {*e.value.model_types}] == []
 
 
 @pytest.mark.filterwarnings("ignore::hf_compress.backends.PartlyStored")
