@@ -84,7 +84,9 @@ def run(
 
 @app.command()
 def plan(recipe: RecipeArgument, set_: Overrides = None) -> None:
-    """Print what a recipe would do, from the model's config alone: parameters, bytes, coverage, notes."""
+    """Print what a recipe would do, from the model's config alone: parameters, bytes, coverage, notes. Exit code 1
+    where something of it will be refused."""
+    from hf_compress.planning import REFUSED
     from hf_compress.planning import plan as plan_recipe
     from hf_compress.recipe import load
 
@@ -100,7 +102,10 @@ def plan(recipe: RecipeArgument, set_: Overrides = None) -> None:
     console.print(table)
     for row in rows:
         for note in row.notes:
-            console.print(f"  {row.name}: {note}", markup=False)
+            style = "bold red" if note.startswith(REFUSED) else None
+            console.print(f"  {row.name}: {note}", markup=False, style=style)
+    if any(note.startswith(REFUSED) for row in rows for note in row.notes):
+        raise typer.Exit(1)
 
 
 @app.command()

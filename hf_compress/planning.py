@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -98,16 +99,15 @@ def plan(recipe: Recipe) -> list[Planned]:
             if refused is not None:
                 notes.append(f"{REFUSED}{refused.what} ({refused.where}); {refused.next_step}")
             if foreseen.count:
-                most = "" if stage.budget is None else "at most "
-                notes.append(f"bits a weight: {most}{bits:.2f}, scales included")
+                notes.append(_bits(stage, model, bits, foreseen.bits))
             if "environment" in entry.traits:
                 notes += _needs(entry.traits["environment"], f"backend {entry.name}")
             notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]
-            notes += [f"stays as it is: {len(names)} x {why}" for why, names in covered.skipped.items()]
+            notes += [f"stays as it is: {_count(names)} {why}" for why, names in covered.skipped.items()]
             low = min(share, 1.0 if experts is None else experts)
             if refused is None and low < stage.min_coverage:
                 left = "; ".join(
-                    f"{len(names)} x {why}" for why, names in covered.skipped.items() if why not in KEPT.values()
+                    f"{_count(names)} {why}" for why, names in covered.skipped.items() if why not in KEPT.values()
                 )
                 notes.append(f"{REFUSED}covers {low:.1%}, below min_coverage {stage.min_coverage:.0%}: {left}")
         elif isinstance(stage, Export):
@@ -122,8 +122,24 @@ def plan(recipe: Recipe) -> list[Planned]:
             notes += _streams(recipe, stage) + _masks(model, stage)
         if recipe.data is None and stage.calibrates(model):
             notes.append(f"{REFUSED}it calibrates on text, and the recipe has no data: section")
+        notes.sort(key=lambda note: not note.startswith(REFUSED))
         rows.append(_row(named.name, named.kind, model, bytes_now, share, experts, notes))
     return rows
+
+
+def _count(names: Collection[str]) -> str:
+    return f"{len(names)} weight{'s' if len(names) > 1 else ''}:"
+
+
+def _bits(stage: Quantize, model: PreTrainedModel, bits: float, codes_and_scales: float) -> str:
+    """Bits a weight, and what of them goes into scales where all weights have the same."""
+    said = f"bits a weight: {'' if stage.budget is None else 'at most '}{bits:.2f}, "
+    if stage.overrides:
+        return said + "scales included"
+    scales = codes_and_scales - stage.bits
+    said += f"{scales:.2f} of them scales"
+    wide = "packing" in backends.entry(stage.backend).traits and model.dtype == torch.float32 and scales > 0.1
+    return said + (" in float32 (model.dtype: bfloat16 halves those)" if wide else "")
 
 
 def _streams(recipe: Recipe, stage: Prune | Quantize) -> list[str]:
@@ -134,7 +150,7 @@ def _streams(recipe: Recipe, stage: Prune | Quantize) -> list[str]:
     if task_of(recipe.model, read_config(recipe.model)) != "causal-lm":
         found.append(f"{REFUSED}streaming takes causal language models; leave streaming out")
     if recipe.stages[0].stage is stage and (why := not_as_stored(recipe.model)):
-        found.append(f"memory: the whole model is read first, {why}")
+        found.append(f"nothing is streamed, the whole model is read first: {why}")
     return found
 
 
@@ -153,7 +169,7 @@ def _needs(name: str, what: str) -> list[str]:
         wanted.require(what=what)
     except CompressError as error:
         return [f"needs: {wanted.command}", f"{REFUSED}{error.what}; {error.next_step}"]
-    return [f"needs: {wanted.command} (built: {wanted.folder.name})"]
+    return [f"needs the environment {name}: built ({wanted.folder.name})"]
 
 
 def require_possible(recipe: Recipe) -> None:

@@ -187,7 +187,9 @@ def task_of(source: ModelSource, config: PreTrainedConfig) -> str:
         if name.endswith(suffix):
             return task
     raise CompressError(
-        f"the config's architecture {name or '(none)'} does not say what the model is for",
+        f"the config's architecture {name} does not say what the model is for"
+        if name
+        else "the config names no architecture, so what the model is for is not known",
         where="model.task",
         next_step="set model.task to one of: " + ", ".join(TASKS),
     )
@@ -292,7 +294,7 @@ def not_as_stored(source: ModelSource) -> str:
         ("dtype", source.dtype not in ("auto", str(stored).removeprefix("torch."))),
     ):
         if differs:
-            return f"as the checkpoint is not stored as model.{key} asks (leave it out to stream)"
+            return f"the checkpoint is not stored as model.{key} asks; leave model.{key} out to stream"
     return ""
 
 

@@ -1,5 +1,6 @@
 """What a person sees: commands that teach, errors that are short, exit codes a script can use."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 
 from hf_compress import __version__
 from hf_compress.cli import main
+from tests.models import CONFIGS
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -57,6 +59,17 @@ def test_the_module_runs_as_the_command_does(module: str) -> None:
 def test_lists(what: str, holds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "list", what) == 0
     assert holds in capsys.readouterr().out
+
+
+def test_a_plan_that_would_be_refused_says_so_first_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    stage = {"quantize": {"backend": "compressed-tensors", "bits": 4, "group_size": 48}}
+    model = {"config": CONFIGS["llama"] | {"model_type": "llama"}, "task": "causal-lm"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "x", "model": model, "stages": [stage]}))
+    assert command(monkeypatch, "plan", str(tmp_path / "recipe.yaml")) == 1
+    notes = capsys.readouterr().out.partition("  quantize: ")[2]
+    assert notes.startswith("will be REFUSED: no matrix would be stored")
 
 
 def test_plan_of_a_shipped_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

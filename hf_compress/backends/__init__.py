@@ -24,7 +24,7 @@ from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.registry import Registry
 from hf_compress.source import require_unquantized
 from hf_compress.verification import write_expectation, write_hashes
-from hf_compress.weights import weights
+from hf_compress.weights import Weight, weights
 
 WORTH_A_WARNING = 0.99  # where a recipe would stop
 
@@ -69,6 +69,12 @@ def check_group(group_size: int | None, *, where: str = "group_size") -> None:
     """Raise a CompressError for a group of less than one weight."""
     if group_size is not None and group_size < 1:
         raise CompressError(f"group size {group_size} is not positive", where=where)
+
+
+def dividing(found: Iterable[Weight]) -> str:
+    """The usual group sizes that divide the inputs of all of them."""
+    sizes = [size for size in (256, 128, 64, 32, 16) if all(w.shape[1] % size == 0 for w in found)]
+    return ", ".join(map(str, sizes)) or "none; leave group_size out"
 
 
 GIVEN = ("model", "tokenizer", "folder", "bits", "group_size", "grids", "scales", "calibration", "say")
@@ -139,7 +145,8 @@ def foresee(
             "no matrix would be stored in fewer bits: "
             + "; ".join(why for why in covered.skipped if why not in KEPT.values()),
             where="quantize",
-            next_step="another backend or group size (see the containers in the README)",
+            next_step="another backend (see the containers in the README)"
+            + (f", or one of these group sizes: {dividing(found)}" if group_size else ""),
         )
     sizes = [w.nbytes if isinstance(size, str) else size for w, size in found.items()]
     packed = [(size, w.shape[0] * w.shape[1]) for w, size in found.items() if not isinstance(size, str)]

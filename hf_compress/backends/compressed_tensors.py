@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.backends import Written, backends, check_group
+from hf_compress.backends import Written, backends, check_group, dividing
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
 from hf_compress.families import expert_options, family_of
@@ -38,7 +38,7 @@ def stores(
     if weight.transposed:
         return "Conv1D is not nn.Linear, the only thing compressed-tensors packs"
     if group_size is not None and width % group_size:
-        return f"{group_size} does not divide its {width} inputs"
+        return f"group_size {group_size} does not divide its {width} inputs"
     return 4.0 * out * -(-width * bits // 32) + out * (width // (group_size or width)) * weight.whole.element_size()
 
 
@@ -117,7 +117,7 @@ class Packing:
             raise CompressError(
                 f"with experts every matrix must be packed, and here {reason}",
                 where=name,
-                next_step=f"group sizes that divide all inputs: {_dividing(found)}",
+                next_step=f"group sizes that divide all inputs: {dividing(found)}",
             )
         own = {w.name: (grids or {}).get(w.name, grid(bits=bits, group_size=group_size)) for w in found}
         self._packed = {key: own[w.name] for w in found if w.name not in self.reasons for key in w.stored}
@@ -218,11 +218,6 @@ class Packing:
             "ignore": ignored,
             "config_groups": groups,
         }
-
-
-def _dividing(found: list[Weight]) -> str:
-    sizes = [size for size in (256, 128, 64, 32, 16) if all(w.shape[1] % size == 0 for w in found)]
-    return ", ".join(map(str, sizes)) or "none; leave group_size out"
 
 
 def _numbers(bits: int, *, dynamic: bool) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def stores(weight: Weight, *, bits: int, group_size: int | None = None, **option
     if weight.transposed:
         return "Conv1D packed by gptqmodel is not opened again by transformers"
     if width % (group_size or width):
-        return f"{group_size} does not divide its {width} inputs"
+        return f"group_size {group_size} does not divide its {width} inputs"
     if width % WORD or out % WORD:
         return f"gptqmodel packs {WORD} rows and columns at a time, and it has {out} x {width}"
     groups = width // (group_size or width)

@@ -121,9 +121,8 @@ def refusal(config: PreTrainedConfig) -> str:
     name = family_of(config).name
     if name == "bert":
         return ""
-    return (
-        f"ONNX export of {name} models is not supported: without a cache the file would not serve, and for DeepSeek "
-        "the exporter is silently wrong (`format: optimum-onnx` exports dense decoders)"
+    return f"format onnx is for encoders: a file of a {name} model without its cache would not serve" + (
+        "" if family_of(config).experts else " (`format: optimum-onnx`, after `hf-compress env add onnx`, writes one)"
     )
 
 

@@ -33,7 +33,7 @@ def stores(
     if weight.kind == "expert" and quant_type == "int8":
         return "torchao has no int8 kernel for stacked experts, only float8"
     if group_size is not None and width % group_size:
-        return f"{group_size} does not divide its {width} inputs"
+        return f"group_size {group_size} does not divide its {width} inputs"
     scale = weight.whole.element_size() + 1 if quant_type == "int8" else 4
     return float(out * width + out * (width // (group_size or width)) * scale)
 

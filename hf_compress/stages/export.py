@@ -29,8 +29,8 @@ class Export(Stage):
     quantize: str | None = field(
         default="int8",
         metadata={
-            "help": "int8 (onnx: activations rounded as they come; openvino: weights), int8-static (activations in "
-            "ranges seen before), int4 (weights; openvino), or none for fp32"
+            "help": "int8 (onnx: activations rounded as they come; openvino: weights), int8-static (any format: "
+            "activations in ranges seen in `samples` rows), int4 (weights; openvino), or none for fp32"
         },
     )
     group_size: int = field(default=32, metadata={"help": "weights that share a scale in int4"})

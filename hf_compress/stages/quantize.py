@@ -51,8 +51,8 @@ class Quantize(Stage):
     budget: float | None = field(
         default=None,
         metadata={
-            "help": "bits a weight on average, scales included: matrices get 2 to `bits` each, more where rounding "
-            "changes the answers most"
+            "help": "bits a weight on average, scales included (in float32 a scale for each 32 weights is one bit of "
+            "them): matrices get 2 to `bits` each, more where rounding changes the answers most"
         },
     )
     smooth: Smooth | None = field(
@@ -110,10 +110,11 @@ class Quantize(Stage):
                 )
         for key, asked, trait in (("method", self.method, "grid"), ("streaming", self.streaming, "packing")):
             if asked and trait not in backends.entry(self.backend).traits:
+                able = ", ".join(entry.name for entry in backends if trait in entry.traits)
                 raise CompressError(
                     f"{self.backend} rounds the whole model at once, by itself",
                     where=f"{where}.{key}",
-                    next_step="leave it out, or use backend: compressed-tensors",
+                    next_step=f"leave it out, or use a backend that takes it: {able}",
                 )
         if self.method is not None:
             makers = [entry.name for entry in solvers if entry.traits["makes"] == "codes"]

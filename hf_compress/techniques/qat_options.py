@@ -51,7 +51,8 @@ def check_options(options: QAT) -> None:
         (f"{options.samples} rows are none to calibrate on", "samples"): options.samples < 1,
         ("only `start: gptq` reads rows", "samples"): not solved and options.samples != type(options).samples,
         (f"{options.start_epochs} passes cannot be made", "start_epochs"): options.start_epochs < 0,
-        ("only `start: gptq` makes passes of its own", "start_epochs"): not solved and options.start_epochs > 0,
+        ("these are passes of `start: gptq`, which is not asked for", "start_epochs"): not solved
+        and options.start_epochs > 0,
         (f"gptq has no form for {options.kind}", "start"): solved and options.kind not in ("int", "nf4", "fp4"),
         ("ste would find other scales than gptq chose; method: lsq keeps them", "start"): solved
         and options.kind == "int"

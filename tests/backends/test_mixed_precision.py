@@ -100,6 +100,11 @@ def test_plan_says_how_many_bits_that_is(name: str, tmp_path: Path) -> None:
     assert f"bits a weight: {8 * size / count:.2f}, scales included" in row.notes
     assert not any("REFUSED" in note for note in row.notes)
     assert written.coverage.share == 1.0
+    (plain,) = plan(parse(dict(stage(name, tmp_path, group_size=32))))[1:]
+    said = (
+        f"bits a weight: {BASE['bits'] + 1:.2f}, 1.00 of them scales in float32 (model.dtype: bfloat16 halves those)"
+    )
+    assert said in plain.notes
 
 
 @pytest.mark.parametrize(

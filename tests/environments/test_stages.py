@@ -244,7 +244,7 @@ def test_gptq_says_what_it_cannot_pack() -> None:
     stores = backends.entry("gptq").traits["stores"]
     found = weights(tiny("llama", intermediate_size=80))
     said = {w.name.split(".")[-2]: stores(w, bits=4, group_size=32) for w in found}
-    assert said["down_proj"] == "32 does not divide its 80 inputs"
+    assert said["down_proj"] == "group_size 32 does not divide its 80 inputs"
     assert "32 rows and columns" in said["gate_proj"]
     assert said["q_proj"] == 64 * 64 / 2 + 2 * 64 * (0.5 + 4) + 4 * 64
 

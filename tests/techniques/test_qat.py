@@ -351,7 +351,7 @@ def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
         ("llama", GPTQ | {"scale_start": "mean"}, "would do nothing"),
         ("llama", GPTQ | {"samples": 0}, "none to calibrate on"),
         ("llama", {"samples": 64}, "only `start: gptq` reads rows"),
-        ("llama", {"start_epochs": 2}, "only `start: gptq` makes passes"),
+        ("llama", {"start_epochs": 2}, "passes of `start: gptq`"),
         ("llama", GPTQ | {"start_epochs": -1}, "cannot be made"),
         ("llama", {"skip": ["q_prj"]}, "did you mean 'q_proj'"),
         ("deepseek_v3", {"skip": [r"down_proj\.2$"]}, "some experts of one parameter"),
