@@ -156,10 +156,10 @@ def _streams(recipe: Recipe, stage: Prune | Quantize) -> list[str]:
 
 def _masks(model: PreTrainedModel, stage: Prune | Quantize) -> list[str]:
     elsewhere = isinstance(stage, Quantize) and "environment" in backends.entry(stage.backend).traits
-    mixed = not elsewhere and stage.calibrates(model) and mixed_layers(model.config)
-    return (
-        [f"{REFUSED}{mixed}; a method that reads no text, or a model without sliding-window layers"] if mixed else []
-    )
+    mixed = mixed_layers(model.config)
+    if not mixed or elsewhere or not stage.calibrates(model):
+        return []
+    return [f"{REFUSED}{mixed}; a method that reads no text, or a model without sliding-window layers"]
 
 
 def _needs(name: str, what: str) -> list[str]:
