@@ -1,13 +1,25 @@
-"""A small, seeded sample of training text, as batches for one-shot statistics."""
+"""A small, seeded sample of training text, and what the model goes on with, as batches for one-shot statistics."""
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from hf_compress.data import Prepared
 from hf_compress.errors import CompressError
+from hf_compress.writing import write
 
 Batch = dict[str, Tensor]
+PROMPT = 16  # tokens of a row, half of it at most, that the model goes on with
+TOGETHER = 1 << 14  # tokens that are written in one go: their keys and values are in memory
 
 
 def calibration_batches(
@@ -38,6 +50,70 @@ def calibration_batches(
             next_step="use the model's own tokenizer",
         )
     return batches
+
+
+def with_continuations(
+    model: PreTrainedModel, batches: list[Batch], times: int, *, seed: int = 0, saved: Path | None = None
+) -> list[Batch]:
+    """`batches`, and after them `times` as many rows that `model` writes: the first tokens of each row, and what it
+    goes on with from there, drawn from its whole distribution, until the row is as long as it was
+    (https://arxiv.org/abs/2305.17888). Second-order solvers then see new inputs where text is scarce.
+
+    saved: where what was written is kept, so that a run that is interrupted goes on with the same text.
+
+    Raises:
+        CompressError: a model that writes no text.
+    """
+    if not times:
+        return batches
+    if why := writes_nothing(model):
+        raise CompressError(why, where="continuations", next_step="leave continuations out")
+    rows = [ids[real] for b in batches for ids, real in zip(b["input_ids"], b["attention_mask"].bool(), strict=True)]
+    facts = {"of": hashlib.sha256(torch.cat(rows).cpu().numpy().tobytes()).hexdigest(), "times": str(times)}
+    facts["seed"] = str(seed)
+    if saved is not None and saved.exists():
+        with safe_open(saved, "pt") as file:
+            if file.metadata() == facts:
+                return batches + _batches([file.get_tensor(str(i)) for i in range(times * len(rows))], like=batches)
+    prompts = [row[: max(1, min(PROMPT, len(row) // 2))] for row in rows]
+    groups = _parts(rows, times)
+    made: dict[int, Tensor] = {}
+    steps = [max(len(rows[i % len(rows)]) - len(prompts[i % len(rows)]) for i in group) for group in groups]
+    with tqdm(total=sum(steps), desc="text to calibrate on", unit="token", disable=sum(steps) == 0) as bar:
+        for number, group in enumerate(groups):
+            begun = [prompts[i % len(rows)].to(model.device) for i in group]
+            room = [len(rows[i % len(rows)]) - len(prompt) for i, prompt in zip(group, begun, strict=True)]
+            new = write(model, begun, room, seed=seed * 1_000_003 + number, ends=False, bar=bar)
+            made |= {i: torch.cat([a, b]).cpu() for i, a, b in zip(group, begun, new, strict=True)}
+    if saved is not None:
+        part = saved.with_name(saved.name + ".part")
+        save_file({str(i): row for i, row in made.items()}, part, metadata=facts)
+        part.rename(saved)
+    return batches + _batches(list(made.values()), like=batches)
+
+
+def writes_nothing(model: PreTrainedModel) -> str:
+    """Why `model` cannot go on with a text; "" where it can."""
+    causal = model.can_generate() and not model.config.is_encoder_decoder
+    return "" if causal else f"only causal language models go on with a text, and this is a {type(model).__name__}"
+
+
+def _parts(rows: list[Tensor], times: int) -> list[range]:
+    """Numbers of the rows to write, those of one go together; number i goes on with row i % len(rows)."""
+    together = max(1, TOGETHER // max(len(row) for row in rows))
+    return [range(i, min(i + together, times * len(rows))) for i in range(0, times * len(rows), together)]
+
+
+def _batches(rows: list[Tensor], like: list[Batch]) -> list[Batch]:
+    """Padded on the right, as many rows together as in the largest of `like`."""
+    size = max(len(batch["input_ids"]) for batch in like)
+    return [
+        {
+            "input_ids": pad_sequence(rows[i : i + size], batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows[i : i + size]], batch_first=True),
+        }
+        for i in range(0, len(rows), size)
+    ]
 
 
 def cut(batches: list[Batch], tokens: int) -> list[Batch]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_compress.backends import backends, foresee
 from hf_compress.backends.elsewhere import FORMATS
 from hf_compress.backends.onnx import refusal
+from hf_compress.calibration import writes_nothing
 from hf_compress.coverage import KEPT, coverage
 from hf_compress.environments import environment
 from hf_compress.errors import CompressError
@@ -19,7 +20,7 @@ from hf_compress.oneshot import mixed_layers
 from hf_compress.recipe import Recipe
 from hf_compress.selection import without
 from hf_compress.source import format_of, load_meta, not_as_stored, read_config, require_floating, task_of
-from hf_compress.stages import Export, Prune, Quantize, Shrink, Train
+from hf_compress.stages import Cache, Export, Prune, Quantize, Shrink, Train
 from hf_compress.stages.trained_grid import not_as_trained
 from hf_compress.surgery import shrink
 from hf_compress.techniques.qat import QAT
@@ -110,6 +111,9 @@ def plan(recipe: Recipe) -> list[Planned]:
                     f"{_count(names)} {why}" for why, names in covered.skipped.items() if why not in KEPT.values()
                 )
                 notes.append(f"{REFUSED}covers {low:.1%}, below min_coverage {stage.min_coverage:.0%}: {left}")
+        elif isinstance(stage, Cache):
+            why = stage.refusal(model)
+            notes.append(REFUSED + why if why else f"generate() keeps keys and values in {stage.kind}")
         elif isinstance(stage, Export):
             chosen = FORMATS.get(stage.format)
             folder, kind = chosen.folder if chosen else "onnx", stage.quantize or "fp32"
@@ -119,7 +123,7 @@ def plan(recipe: Recipe) -> list[Planned]:
             why = (chosen.refusal if chosen else refusal)(model.config)
             notes += [REFUSED + why] if why else []
         if isinstance(stage, Prune | Quantize):
-            notes += _streams(recipe, stage) + _masks(model, stage)
+            notes += _streams(recipe, stage) + _masks(model, stage) + _continuations(model, stage)
         if recipe.data is None and stage.calibrates(model):
             notes.append(f"{REFUSED}it calibrates on text, and the recipe has no data: section")
         notes.sort(key=lambda note: not note.startswith(REFUSED))
@@ -152,6 +156,13 @@ def _streams(recipe: Recipe, stage: Prune | Quantize) -> list[str]:
     if recipe.stages[0].stage is stage and (why := not_as_stored(recipe.model)):
         found.append(f"nothing is streamed, the whole model is read first: {why}")
     return found
+
+
+def _continuations(model: PreTrainedModel, stage: Prune | Quantize) -> list[str]:
+    if not stage.continuations:
+        return []
+    why = writes_nothing(model) or ("" if stage.calibrates(model) else "continuations are text, and it reads none")
+    return [f"{REFUSED}{why}; leave continuations out"] if why else []
 
 
 def _masks(model: PreTrainedModel, stage: Prune | Quantize) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_compress.stages.base import Done, Stage, Work
+from hf_compress.stages.cache import Cache
 from hf_compress.stages.export import Export
 from hf_compress.stages.prune import Prune
 from hf_compress.stages.quantize import Quantize
@@ -13,8 +14,9 @@ STAGES: dict[str, type[Stage]] = {
     "shrink": Shrink,
     "prune": Prune,
     "train": Train,
+    "cache": Cache,
     "quantize": Quantize,
     "export": Export,
 }
 
-__all__ = ["STAGES", "Done", "Export", "Prune", "Quantize", "Shrink", "Stage", "Train", "Work"]
+__all__ = ["STAGES", "Cache", "Done", "Export", "Prune", "Quantize", "Shrink", "Stage", "Train", "Work"]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.calibration import Batch, calibration_batches
+from hf_compress.calibration import Batch, calibration_batches, with_continuations
 from hf_compress.coverage import Coverage
 from hf_compress.data import Data, Prepared, prepare
 from hf_compress.errors import CompressError
@@ -63,9 +63,13 @@ class Work:
         assert self.source.id is not None
         return self.source.id
 
-    def calibration(self, vocab_size: int, samples: int) -> list[Batch]:
-        """Seeded batches of training text."""
-        return calibration_batches(self.prepared, samples=samples, vocab_size=vocab_size, seed=self.seed)
+    def calibration(self, vocab_size: int, samples: int, continuations: int = 0) -> list[Batch]:
+        """Seeded batches of training text, and `continuations` as many rows that the model writes."""
+        batches = calibration_batches(self.prepared, samples=samples, vocab_size=vocab_size, seed=self.seed)
+        if not continuations:
+            return batches
+        saved = self.folder / "continuations.safetensors"
+        return with_continuations(self.model, batches, continuations, seed=self.seed, saved=saved)
 
 
 @dataclass
@@ -93,6 +97,22 @@ def refuse_after_export(work_kinds: list[str], *, where: str) -> None:
             "the exported copy was written before this stage and would be of another model",
             where=where,
             next_step="put export last, or just before quantize",
+        )
+
+
+def check_continuations(times: int, *, streaming: bool, where: str) -> None:
+    """Raise a CompressError for a `continuations` key that cannot be."""
+    if type(times) is not int or times < 0:
+        raise CompressError(
+            f"{times!r} is no number of times that the model goes on with each row",
+            where=f"{where}.continuations",
+            next_step="0, or a small whole number such as 1",
+        )
+    if times and streaming:
+        raise CompressError(
+            "a model that is read block by block cannot write text",
+            where=f"{where}.continuations",
+            next_step="leave continuations out, or streaming",
         )
 
 

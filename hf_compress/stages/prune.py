@@ -13,7 +13,7 @@ from hf_compress.calibration import tokens_in
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
 from hf_compress.oneshot import PruneOptions, compress_blocks, compress_checkpoint, empty_model
-from hf_compress.stages.base import Done, Stage, Work, refuse_after_export
+from hf_compress.stages.base import Done, Stage, Work, check_continuations, refuse_after_export
 from hf_compress.weights import weights
 
 
@@ -25,6 +25,13 @@ class Prune(PruneOptions, Stage):
         default=False, metadata={"help": "read and write block by block; for models larger than memory"}
     )
     samples: int = field(default=128, metadata={"help": "rows of training text to calibrate on"})
+    continuations: int = field(
+        default=0,
+        metadata={
+            "help": "how many more rows the model writes for each of `samples`, going on from its first 16 tokens: "
+            "more to calibrate on where text is scarce"
+        },
+    )
     min_coverage: float = field(default=0.99, metadata={"help": "fail when less of the weights is touched"})
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
@@ -40,6 +47,7 @@ class Prune(PruneOptions, Stage):
                 where=f"{where}: streaming",
                 next_step="leave streaming out, or use budget: uniform and a criterion without gradients",
             )
+        check_continuations(self.continuations, streaming=self.streaming, where=where)
         refuse_after_export(work_kinds, where=where)
         if "quantize" in work_kinds:
             raise CompressError("packed weights cannot be pruned", where=where, next_step="put prune before quantize")
@@ -53,7 +61,8 @@ class Prune(PruneOptions, Stage):
         wanted = set(names)
         left = {w.name: "skipped by the recipe" for w in weights(model) if w.name not in wanted}
         coverage(model, names, left).require(self.min_coverage, where="prune")  # before any work
-        batches = work.calibration(model.config.vocab_size, self.samples) if self.calibrates(model) else []
+        text = self.calibrates(model)
+        batches = work.calibration(model.config.vocab_size, self.samples, self.continuations) if text else []
         solver = self.solver(model, batches)
         saved = work.folder / "pruned" if self.streaming else None
         if saved is not None:
@@ -63,4 +72,5 @@ class Prune(PruneOptions, Stage):
             report = compress_blocks(model, batches, solver, only=names, resume_dir=work.folder / "blocks")
             touched = coverage(model, report.touched, left)
         facts = report.facts() | {"method": self.chosen_method, "calibration_tokens": tokens_in(batches)}
+        facts |= {"continuations": self.continuations} if self.continuations else {}
         return Done(None if self.streaming else model, facts, touched, saved)

@@ -21,7 +21,7 @@ from hf_compress.oneshot.mixed import check_overrides, given_grids
 from hf_compress.oneshot.sensitivity import parts_of, sensitivities
 from hf_compress.oneshot.smoothing import Smooth, folds_of, smooth
 from hf_compress.oneshot.solvers import check_solver_options
-from hf_compress.stages.base import Done, Stage, Work
+from hf_compress.stages.base import Done, Stage, Work, check_continuations
 from hf_compress.weights import Weight, weights
 
 FEWEST = 2  # bits
@@ -78,6 +78,13 @@ class Quantize(Stage):
         default=False, metadata={"help": "read and write block by block; for models larger than memory"}
     )
     samples: int = field(default=128, metadata={"help": "rows of training text to calibrate on, if the method does"})
+    continuations: int = field(
+        default=0,
+        metadata={
+            "help": "how many more rows the model writes for each of `samples`, going on from its first 16 tokens: "
+            "more to calibrate on where text is scarce"
+        },
+    )
     options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "further options of the backend (dtype, double_quant; quant_type; activations)"},
@@ -94,6 +101,7 @@ class Quantize(Stage):
         check_options(self.backend, self.options, where=f"{where}.options")
         if self.samples < 1:
             raise CompressError(f"{self.samples} rows calibrate nothing", where=f"{where}.samples")
+        check_continuations(self.continuations, streaming=self.streaming, where=where)
         try:
             self._check_bits()
         except CompressError as error:
@@ -278,7 +286,9 @@ class Quantize(Stage):
         ours = self.method or ("rtn" if self.eora is not None else None)
         rounding = None if ours is None else self._rounding(scheme, ours)
         text = self.calibrates(work.model)
-        batches = work.calibration(work.model.config.vocab_size, self.samples) if text else []
+        vocabulary = work.model.config.vocab_size
+        batches = work.calibration(vocabulary, self.samples, self.continuations) if text else []
+        facts |= {"continuations": self.continuations} if self.continuations else {}
         foreseen = foresee(work.model, self.backend, **scheme, **self.options)
         only = [w.name for w in weights(work.model) if w.name not in foreseen.reasons]
         if self.smooth is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_compress.calibration import tokens_in
+from hf_compress.calibration import tokens_in, with_continuations
 from hf_compress.errors import CompressError
 from hf_compress.grids import Grid
 from hf_compress.observers import OBSERVERS, Observer, percentile
@@ -27,7 +27,7 @@ from hf_compress.techniques.qat_options import check_options, notes
 from hf_compress.techniques.rounding import Rounding
 from hf_compress.techniques.schedule import steps_in_epoch, steps_of
 from hf_compress.techniques.shadows import Change, shadow
-from hf_compress.weights import Weight, weights
+from hf_compress.weights import Weight, base_of, weights
 
 if TYPE_CHECKING:
     from hf_compress.trainer import CompressionTrainer
@@ -72,6 +72,10 @@ class QAT(Technique):
         },
     )
     samples: int = field(default=128, metadata={"help": "rows of training text that `start: gptq` reads"})
+    continuations: int = field(
+        default=0,
+        metadata={"help": "how many more rows the model writes for each of `samples`, from its first 16 tokens"},
+    )
     start_epochs: int = field(
         default=0,
         metadata={"help": "passes over them in which `start: gptq` moves the levels of a block together too"},
@@ -197,6 +201,8 @@ class QAT(Technique):
         scales: Mapping[str, Tensor] = {}
         if self.start == "gptq":
             batches = training_batches(self._trainer, self.samples)
+            writer, seed = base_of(self._trainer.model), self._trainer.args.seed
+            batches = with_continuations(writer, batches, self.continuations, seed=seed)
             self._read = tokens_in(batches)
             scales = solved(self._trainer.model, self._weights, self.grid, batches, epochs=self.start_epochs)
         self._on = True
@@ -307,6 +313,7 @@ class QAT(Technique):
             more |= {"activations": self.activations, "ranges": self.ranges}
         if self.start != "dense":
             more |= {"calibration_tokens": self._read, "start_epochs": self.start_epochs}
+            more |= {"continuations": self.continuations} if self.continuations else {}
         return {
             "bits": self.bits,
             "group_size": self.group_size,

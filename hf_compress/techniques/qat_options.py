@@ -28,7 +28,7 @@ def check_options(options: QAT) -> None:
             raise CompressError(
                 f"unknown {key} {given!r}", where=f"qat.{key}", next_step=did_you_mean(str(given), known)
             )
-    for key in ("bits", "group_size", "activations", "samples", "start_epochs"):
+    for key in ("bits", "group_size", "activations", "samples", "continuations", "start_epochs"):
         given = getattr(options, key)
         if type(given) is not int and (given is not None or key not in ("group_size", "activations")):
             raise CompressError(f"{given!r} is no whole number", where=f"qat.{key}", next_step="leave out quotes")
@@ -50,6 +50,8 @@ def check_options(options: QAT) -> None:
         (f"a rate of {options.scale_rate} does not train", "scale_rate"): options.scale_rate <= 0,
         (f"{options.samples} rows are none to calibrate on", "samples"): options.samples < 1,
         ("only `start: gptq` reads rows", "samples"): not solved and options.samples != type(options).samples,
+        (f"{options.continuations} rows cannot be written", "continuations"): options.continuations < 0,
+        ("only `start: gptq` reads rows", "continuations"): not solved and options.continuations > 0,
         (f"{options.start_epochs} passes cannot be made", "start_epochs"): options.start_epochs < 0,
         ("these are passes of `start: gptq`, which is not asked for", "start_epochs"): not solved
         and options.start_epochs > 0,

@@ -163,6 +163,7 @@ def by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
     if args.method == "qad":
         return distilled(args, ids)
     from hf_compress.backends import backends
+    from hf_compress.calibration import with_continuations
     from hf_compress.families import expert_options
     from hf_compress.oneshot import compress_blocks, solvers
     from hf_compress.weights import weights
@@ -172,11 +173,14 @@ def by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
     options: dict[str, Any] = {"double_quant": True} if args.scheme == "nf4-double" else {}
     group = args.group if args.scheme.startswith("w") else None
     model = load(args.model, **expert_options(AutoConfig.from_pretrained(args.model)))
-    solver = solvers[args.method](grid=entry.traits["grid"](bits=bits, group_size=group, **options), **args.options)
+    solving = {key: value for key, value in args.options.items() if key != "continuations"}
+    solver = solvers[args.method](grid=entry.traits["grid"](bits=bits, group_size=group, **options), **solving)
     stored = entry.traits["stores"]
     only = [w.name for w in weights(model) if not isinstance(stored(w, bits=bits, group_size=group), str)]
     parts = ids.split(max(2, 512 // ids.shape[1]))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
+    if solver.needs:
+        batches = with_continuations(model, batches, args.options.get("continuations", 0), seed=args.seed)
     compress_blocks(model, batches if solver.needs else [], solver, only=only)
     return model
 

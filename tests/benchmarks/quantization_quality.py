@@ -6,7 +6,8 @@
 SmolLM2-135M (from its package; symmetric groups of 64, as 576 is no multiple of 128) and IMDB reviews, 32 x 512 tokens
 to calibrate on, other ones for each seed, 30 x 512 held out for everybody. An arm is a process of its own
 (`quantization_arm.py`), one thread; finished arms are not run again. gptq: our solver with its defaults; tuned:
-with 2 epochs in which the levels of a block move together; qad: then 3 epochs toward the dense model's answers, on
+with 2 epochs in which the levels of a block move together; continued: tuned, on as many rows more that the dense
+model writes, from the first 16 tokens of each; qad: after tuned, 3 epochs toward the dense model's answers, on
 the same rows, in which all parameters train (no peer's do). --model FOLDER --name NAME --length 256 --rows 64
 --group 32 measures another model (DeepSeek-V3: read its KL, its perplexity gap is within noise at 4 bits);
 --name minilm --group 128 --length 32 --rows 512 MiniLM on Rotten Tomatoes, fine-tuned as the quickstart recipe does:
@@ -37,8 +38,13 @@ from oneshot_pruning import divergence, gap, ratio, smollm2, write_tokens
 from report import figure, record
 
 SCHEMES = ("w3", "w4", "nf4", "nf4-double", "w2", "w8", "int8")
-OURS, TUNED, DISTILLED, PLAIN = ("ours", "gptq"), ("ours", "gptq, tuned"), ("ours", "qad"), ("ours", "rtn")
-OPTIONS = {"gptq, tuned": {"epochs": 2}, "qad": {"start_epochs": 2}}  # where not the defaults
+OURS, TUNED, CONTINUED = ("ours", "gptq"), ("ours", "gptq, tuned"), ("ours", "gptq, tuned, continued")
+DISTILLED, PLAIN = ("ours", "qad"), ("ours", "rtn")
+OPTIONS = {  # where not the defaults
+    "gptq, tuned": {"epochs": 2},
+    "gptq, tuned, continued": {"epochs": 2, "continuations": 1},
+    "qad": {"start_epochs": 2},
+}
 PEERS = (("auto-round", ""), ("llm-compressor", ""), ("optimum", ""), ("torchao", ""))
 DENSE_EXPERTS = ("optimum", "torchao")  # they leave stacked experts as they are: no comparison where a model has them
 TARGETS = {  # scheme, peer -> ours / theirs, in perplexity gap and KL
@@ -108,7 +114,7 @@ def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namesp
 
 def compared(runs: dict[tuple[str, tuple[str, str]], dict[int, Run]], scheme: str) -> list[dict[str, Any]]:
     figures = []
-    for us, peer in product((OURS, TUNED, DISTILLED), (*PEERS, PLAIN)):
+    for us, peer in product((OURS, TUNED, CONTINUED, DISTILLED), (*PEERS, PLAIN)):
         ours, theirs = runs.get((scheme, us), {}), runs.get((scheme, peer), {})
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
@@ -141,6 +147,9 @@ def main() -> None:
     parser.add_argument(
         "--tuned", nargs="*", default=["w3", "w4"], help="schemes to measure with 2 epochs of tuning too"
     )
+    parser.add_argument(
+        "--continued", nargs="*", default=["w3", "w4"], help="schemes to measure with rows that the model writes too"
+    )
     parser.add_argument("--distilled", nargs="*", default=["w3"], help="schemes to measure with qad (text)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", type=Path, help="a causal model's folder; none = SmolLM2-135M")
@@ -157,7 +166,7 @@ def main() -> None:
     args.tokens = args.output / f"{args.name}.safetensors"
     if args.name == "minilm":
         args.model = write_sentences(args.output, args.tokens, length=args.length, rows=args.rows)
-        args.distilled = []
+        args.continued = args.distilled = []
     args.model = args.model or smollm2(args.output / "smollm2")
     if not args.tokens.exists():
         write_tokens(args.model, args.tokens, length=args.length, rows=args.rows, held=args.held)
@@ -170,7 +179,8 @@ def main() -> None:
                 if scheme in ("w2", "w3", "w4")
                 else []
             )
-            more = [who for who, some in ((TUNED, args.tuned), (DISTILLED, args.distilled)) if scheme in some]
+            asked = ((TUNED, args.tuned), (CONTINUED, args.continued), (DISTILLED, args.distilled))
+            more = [who for who, some in asked if scheme in some]
             for library, method in (PLAIN, OURS, *peers, *more):
                 one = arm(library, method, scheme, seed, args)
                 if one is not None:

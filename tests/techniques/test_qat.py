@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
+from hf_compress.calibration import with_continuations
 from hf_compress.errors import CompressError
 from hf_compress.grids import Grid, codes
 from hf_compress.oneshot import compress_blocks, solvers
@@ -264,6 +265,19 @@ def test_what_does_not_train_stays_what_gptq_made(name: str, options: dict, tmp_
     assert qat.facts()["calibration_tokens"] == sum(len(row["input_ids"]) for row in rows())
 
 
+def test_the_model_writes_rows_for_gptq_before_it_is_rounded(tmp_path: Path) -> None:
+    qat, twin = QAT(**GPTQ, continuations=1), tiny("llama", **SMALL)
+    run = trainer(tiny("llama", **SMALL), tmp_path, [qat], max_steps=2, learning_rate=0.0)
+    batches = training_batches(trainer(twin, tmp_path, []), 16)
+    more = with_continuations(twin, batches, 1, seed=run.args.seed)
+    compress_blocks(twin, more, solvers["gptq"](grid=qat.grid), only=[w.name for w in qat._weights])
+    run.train()
+    for ours, theirs in zip(weights(run.model), weights(twin), strict=True):
+        torch.testing.assert_close(ours.matrix, theirs.matrix, rtol=1e-6, atol=0)
+    assert qat.facts()["calibration_tokens"] == 2 * sum(len(row["input_ids"]) for row in rows())
+    assert qat.facts()["continuations"] == 1
+
+
 def test_rows_for_gptq_come_from_any_dataset(tmp_path: Path) -> None:
     class Plain(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -353,6 +367,8 @@ def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
         ("llama", {"samples": 64}, "only `start: gptq` reads rows"),
         ("llama", {"start_epochs": 2}, "passes of `start: gptq`"),
         ("llama", GPTQ | {"start_epochs": -1}, "cannot be made"),
+        ("llama", GPTQ | {"continuations": -1}, "cannot be written"),
+        ("llama", {"continuations": 1}, "only `start: gptq` reads rows"),
         ("llama", {"skip": ["q_prj"]}, "did you mean 'q_proj'"),
         ("deepseek_v3", {"skip": [r"down_proj\.2$"]}, "some experts of one parameter"),
         ("deepseek_v3", {"bits": 8, "activations": 8}, "stacked experts cannot be rounded"),
