@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,7 +20,7 @@ from hf_compress.writing import write
 
 Batch = dict[str, Tensor]
 PROMPT = 16  # tokens of a row, half of it at most, that the model goes on with
-TOGETHER = 1 << 14  # tokens that are written in one go: their keys and values are in memory
+KEPT = 2 << 30  # bytes of keys and values, at most, of the rows that are written in one go
 
 
 def calibration_batches(
@@ -68,18 +69,20 @@ def with_continuations(
         return batches
     if why := writes_nothing(model):
         raise CompressError(why, where="continuations", next_step="leave continuations out")
-    rows = [ids[real] for b in batches for ids, real in zip(b["input_ids"], b["attention_mask"].bool(), strict=True)]
+    rows = [row for row in rows_of(batches) if len(row) > 1]
+    if not rows:
+        return batches
     facts = {"of": hashlib.sha256(torch.cat(rows).cpu().numpy().tobytes()).hexdigest(), "times": str(times)}
     facts["seed"] = str(seed)
     if saved is not None and saved.exists():
         with safe_open(saved, "pt") as file:
             if file.metadata() == facts:
                 return batches + _batches([file.get_tensor(str(i)) for i in range(times * len(rows))], like=batches)
-    prompts = [row[: max(1, min(PROMPT, len(row) // 2))] for row in rows]
-    groups = _parts(rows, times)
+    prompts = [row[: min(PROMPT, len(row) // 2)] for row in rows]
+    groups = _parts(model, rows, times)
     made: dict[int, Tensor] = {}
     steps = [max(len(rows[i % len(rows)]) - len(prompts[i % len(rows)]) for i in group) for group in groups]
-    with tqdm(total=sum(steps), desc="text to calibrate on", unit="token", disable=sum(steps) == 0) as bar:
+    with tqdm(total=sum(steps), desc="text to calibrate on", unit="token") as bar:
         for number, group in enumerate(groups):
             begun = [prompts[i % len(rows)].to(model.device) for i in group]
             room = [len(rows[i % len(rows)]) - len(prompt) for i, prompt in zip(group, begun, strict=True)]
@@ -98,9 +101,16 @@ def writes_nothing(model: PreTrainedModel) -> str:
     return "" if causal else f"only causal language models go on with a text, and this is a {type(model).__name__}"
 
 
-def _parts(rows: list[Tensor], times: int) -> list[range]:
+def rows_of(batches: list[Batch]) -> list[Tensor]:
+    """(tokens,) int64 each, without padding."""
+    return [ids[real] for b in batches for ids, real in zip(b["input_ids"], b["attention_mask"].bool(), strict=True)]
+
+
+def _parts(model: PreTrainedModel, rows: list[Tensor], times: int) -> list[range]:
     """Numbers of the rows to write, those of one go together; number i goes on with row i % len(rows)."""
-    together = max(1, TOGETHER // max(len(row) for row in rows))
+    config: Any = model.config.get_text_config()
+    token = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # less where heads share keys
+    together = max(1, KEPT // (token * max(map(len, rows), default=1)))
     return [range(i, min(i + together, times * len(rows))) for i in range(0, times * len(rows), together)]
 
 

@@ -13,6 +13,7 @@ from hf_compress.backends.elsewhere import FORMATS
 from hf_compress.backends.onnx import refusal
 from hf_compress.calibration import writes_nothing
 from hf_compress.coverage import KEPT, coverage
+from hf_compress.data import Data
 from hf_compress.environments import environment
 from hf_compress.errors import CompressError
 from hf_compress.evaluation.cost import parameter_counts
@@ -20,7 +21,7 @@ from hf_compress.oneshot import mixed_layers
 from hf_compress.recipe import Recipe
 from hf_compress.selection import without
 from hf_compress.source import format_of, load_meta, not_as_stored, read_config, require_floating, task_of
-from hf_compress.stages import Cache, Export, Prune, Quantize, Shrink, Train
+from hf_compress.stages import Cache, Export, Prune, Quantize, Shrink, Stage, Train
 from hf_compress.stages.trained_grid import not_as_trained
 from hf_compress.surgery import shrink
 from hf_compress.techniques.qat import QAT
@@ -113,7 +114,9 @@ def plan(recipe: Recipe) -> list[Planned]:
                 notes.append(f"{REFUSED}covers {low:.1%}, below min_coverage {stage.min_coverage:.0%}: {left}")
         elif isinstance(stage, Cache):
             why = stage.refusal(model)
-            notes.append(REFUSED + why if why else f"generate() keeps keys and values in {stage.kind}")
+            notes.append(
+                REFUSED + why if why else "generate() keeps keys and values in int8: less memory, no less time"
+            )
         elif isinstance(stage, Export):
             chosen = FORMATS.get(stage.format)
             folder, kind = chosen.folder if chosen else "onnx", stage.quantize or "fp32"
@@ -122,9 +125,15 @@ def plan(recipe: Recipe) -> list[Planned]:
                 notes += _needs(chosen.environment, f"export to {stage.format}")
             why = (chosen.refusal if chosen else refusal)(model.config)
             notes += [REFUSED + why] if why else []
+        if any(isinstance(other.stage, Cache) for other in recipe.stages) and (name := _environment(stage)):
+            notes.append(
+                f"{REFUSED}the environment {name} has no hqq, which the cache stage needs; leave one of them out"
+            )
         if isinstance(stage, Prune | Quantize):
             notes += _streams(recipe, stage) + _masks(model, stage) + _continuations(model, stage)
-        if recipe.data is None and stage.calibrates(model):
+        if recipe.data is not None:
+            notes += _text(recipe.data, stage, model)
+        elif stage.calibrates(model):
             notes.append(f"{REFUSED}it calibrates on text, and the recipe has no data: section")
         notes.sort(key=lambda note: not note.startswith(REFUSED))
         rows.append(_row(named.name, named.kind, model, bytes_now, share, experts, notes))
@@ -158,6 +167,20 @@ def _streams(recipe: Recipe, stage: Prune | Quantize) -> list[str]:
     return found
 
 
+def _text(data: Data, stage: Stage, model: PreTrainedModel) -> list[str]:
+    """How much of the text a stage reads, rows being as long as they may be."""
+    if isinstance(stage, Train):
+        return [f"trains {stage.length}, each of up to {data.max_length} tokens"]
+    if not isinstance(stage, Prune | Quantize) or not stage.calibrates(model):
+        return []
+    tokens, widest = (
+        stage.samples * (1 + stage.continuations) * data.max_length,
+        max((w.shape[1] for w in weights(model)), default=0),
+    )
+    few = f", less than 2 for each of the {widest:,} inputs of the widest matrix: raise samples"
+    return [f"calibrates on up to {tokens:,} tokens" + (few if tokens < 2 * widest else "")]
+
+
 def _continuations(model: PreTrainedModel, stage: Prune | Quantize) -> list[str]:
     if not stage.continuations:
         return []
@@ -171,6 +194,13 @@ def _masks(model: PreTrainedModel, stage: Prune | Quantize) -> list[str]:
     if not mixed or elsewhere or not stage.calibrates(model):
         return []
     return [f"{REFUSED}{mixed}; a method that reads no text, or a model without sliding-window layers"]
+
+
+def _environment(stage: Stage) -> str:
+    """Which one it works in, "" where it needs none."""
+    if isinstance(stage, Export):
+        return FORMATS[stage.format].environment if stage.format in FORMATS else ""
+    return str(backends.entry(stage.backend).traits.get("environment", "")) if isinstance(stage, Quantize) else ""
 
 
 def _needs(name: str, what: str) -> list[str]:

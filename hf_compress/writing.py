@@ -32,9 +32,9 @@ def write(
         eos_token_id=end,
         pad_token_id=max(0, int(stops[0])),
     )
-    training, device, its_own = model.training, prompts[0].device, model.generation_config
+    training, its_own = model.training, model.generation_config
     watched = StoppingCriteriaList([] if bar is None else [_Moving(bar)])
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # manual_seed sets all of them
         torch.manual_seed(seed)
         model.eval()
         model.generation_config = options  # generate() would take penalties, cuts and beams from the model's own

@@ -201,6 +201,23 @@ def test_a_skip_that_finds_nothing_is_refused_by_the_plan(decoder: dict[str, Any
     assert any("REFUSED" in note and "did you mean 'layers.0'" in note for note in notes)
 
 
+def test_the_plan_says_how_much_text_is_read(decoder: dict[str, Any]) -> None:
+    args = {"max_steps": 7, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    gptq = {"backend": "compressed-tensors", "bits": 4, "group_size": 32, "method": "gptq", "samples": 8}
+    decoder["stages"] = [
+        {"prune": {"sparsity": 0.5, "samples": 8}},
+        {"train": {"args": args}},
+        {"train": {"args": {"num_train_epochs": 1.5}}},
+        {"quantize": gptq | {"continuations": 1}},
+    ]
+    _, prune, train, again, quantize = [[n for n in row.notes if "tokens" in n] for row in plan(parse(decoder))]
+    few = "less than 2 for each of the 128 inputs of the widest matrix: raise samples"
+    assert prune == [f"calibrates on up to 128 tokens, {few}"]
+    assert train == ["trains 7 steps of 8 rows, each of up to 16 tokens"]
+    assert again == ["trains 1.5 epochs in steps of 8 rows, each of up to 16 tokens"]
+    assert quantize == ["calibrates on up to 256 tokens"]
+
+
 def test_bitsandbytes_is_refused_for_experts_by_coverage(
     decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,12 +292,14 @@ def test_a_recipe_that_is_not_yaml_names_the_place(tmp_path: Path) -> None:
 
 
 def test_what_was_done_stands_in_the_card(decoder: dict[str, Any], tmp_path: Path) -> None:
-    decoder["stages"], decoder["evaluate"]["metrics"] = decoder["stages"][:1], ["quality"]
+    train = {"qat": {"kind": "powers"}, "args": {"max_steps": 1, "disable_tqdm": True}}
+    decoder["stages"], decoder["evaluate"]["metrics"] = [decoder["stages"][0], {"train": train}], ["quality"]
     compress(parse(decoder), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "`{criterion: wanda, sparsity: 0.5, pattern: '2:4', samples: 16}`" in card
     assert "Calibrated or measured on" in card
     assert "interleaved" not in card
+    assert "  - no container stores powers with a row: the values stand in a plain checkpoint" in card
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.training import WORDS, save_reviews, save_tokenizer
 
 
 def given(left: bool = False) -> list[dict[str, torch.Tensor]]:
-    """Rows of 40, 24, 12 and 1 tokens in two batches."""
+    """Rows of 40, 24, 12 and 1 tokens in two batches: nothing is begun by the last."""
     made, found = torch.Generator().manual_seed(0), []
     for lengths in ((40, 24), (12, 1)):
         rows = [torch.randint(3, 128, (n,), generator=made) for n in lengths]
@@ -47,12 +47,12 @@ def test_each_row_is_begun_again_and_as_long_as_it_was(name: str, left: bool) ->
     found = with_continuations(tiny(name), batches, 2)
     assert found[:2] == batches
     own, written = rows_of(batches), rows_of(found[2:])
-    assert [len(row) for row in written] == [40, 24, 12, 1] * 2
-    for row, (before, prompt) in zip(written, [*zip(own, (16, 12, 6, 1), strict=True)] * 2, strict=True):
+    assert [len(row) for row in written] == [40, 24, 12] * 2
+    for row, (before, prompt) in zip(written, [*zip(own[:3], (16, 12, 6), strict=True)] * 2, strict=True):
         assert row[:prompt] == before[:prompt]
-        assert len(before) < 3 or row != before
-    assert written[:3] != written[4:7]
-    assert tokens_in(found) == 3 * tokens_in(batches)
+        assert row != before
+    assert written[:3] != written[3:]
+    assert tokens_in(found) == tokens_in(batches) + 2 * (40 + 24 + 12)
     assert {len(batch["input_ids"]) for batch in found} == {2}
 
 
@@ -79,7 +79,7 @@ def test_what_was_written_is_kept_and_is_of_its_rows(tmp_path: Path, monkeypatch
         return write(*args, **options)
 
     monkeypatch.setattr(calibration, "write", counted)
-    monkeypatch.setattr(calibration, "TOGETHER", 80)  # two rows of 40 in one go
+    monkeypatch.setattr(calibration, "KEPT", 80 * 2 * 2 * 64 * 4)  # of two rows of 40, two layers of 64 float32
     first = with_continuations(model, given(), 1, saved=saved)
     assert len(asked) == 2
     again = with_continuations(model, given(), 1, saved=saved)
@@ -104,6 +104,8 @@ def test_the_seed_decides() -> None:
 def test_only_what_writes_is_asked_to() -> None:
     batches = given()
     assert with_continuations(tiny("bert"), batches, 0) is batches
+    alone = [{name: tensor[1:, :1] for name, tensor in batches[1].items()}]
+    assert with_continuations(tiny("llama"), alone, 1) is alone  # one token begins nothing
     with pytest.raises(CompressError, match="go on with a text"):
         with_continuations(tiny("bert"), batches, 1)
 

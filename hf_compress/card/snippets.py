@@ -23,6 +23,8 @@ def snippets(facts: dict[str, Any], *, place: str) -> list[Snippet]:
     files = facts["files"]
     container = facts["container"] or {}
     needs = ("torch", "transformers", *([container["needs"]] if container.get("needs") else []))
+    if any(stage["kind"] == "cache" for stage in facts["stages"]):
+        needs += ("hqq",)
     if "tokenizer_config.json" not in files:
         return [Snippet("With transformers, on token ids", needs, _ids(facts["task"], place))]
     found = [

@@ -90,8 +90,21 @@ class Done:
     scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def refuse_after_export(work_kinds: list[str], *, where: str) -> None:
-    """Raise a CompressError when a copy for another runtime was written before: it would be of another model."""
+CONTINUATIONS: dict[str, Any] = {
+    "help": "how many more rows the model writes for each of `samples`, going on from its first 16 tokens: more to "
+    "calibrate on where text is scarce"
+}
+
+
+def refuse_late(work_kinds: list[str], *, where: str) -> None:
+    """Raise a CompressError when what an earlier stage wrote or measured would be of another model: a copy for another
+    runtime, or what a cache costs."""
+    if "cache" in work_kinds:
+        raise CompressError(
+            "what the cache costs was measured before this stage and would be of another model",
+            where=where,
+            next_step="put cache last, or just before quantize",
+        )
     if "export" in work_kinds:
         raise CompressError(
             "the exported copy was written before this stage and would be of another model",

@@ -13,7 +13,7 @@ from hf_compress.calibration import tokens_in
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
 from hf_compress.oneshot import PruneOptions, compress_blocks, compress_checkpoint, empty_model
-from hf_compress.stages.base import Done, Stage, Work, check_continuations, refuse_after_export
+from hf_compress.stages.base import CONTINUATIONS, Done, Stage, Work, check_continuations, refuse_late
 from hf_compress.weights import weights
 
 
@@ -25,13 +25,7 @@ class Prune(PruneOptions, Stage):
         default=False, metadata={"help": "read and write block by block; for models larger than memory"}
     )
     samples: int = field(default=128, metadata={"help": "rows of training text to calibrate on"})
-    continuations: int = field(
-        default=0,
-        metadata={
-            "help": "how many more rows the model writes for each of `samples`, going on from its first 16 tokens: "
-            "more to calibrate on where text is scarce"
-        },
-    )
+    continuations: int = field(default=0, metadata=CONTINUATIONS)
     min_coverage: float = field(default=0.99, metadata={"help": "fail when less of the weights is touched"})
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
@@ -48,7 +42,7 @@ class Prune(PruneOptions, Stage):
                 next_step="leave streaming out, or use budget: uniform and a criterion without gradients",
             )
         check_continuations(self.continuations, streaming=self.streaming, where=where)
-        refuse_after_export(work_kinds, where=where)
+        refuse_late(work_kinds, where=where)
         if "quantize" in work_kinds:
             raise CompressError("packed weights cannot be pruned", where=where, next_step="put prune before quantize")
 

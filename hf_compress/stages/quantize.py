@@ -21,7 +21,7 @@ from hf_compress.oneshot.mixed import check_overrides, given_grids
 from hf_compress.oneshot.sensitivity import parts_of, sensitivities
 from hf_compress.oneshot.smoothing import Smooth, folds_of, smooth
 from hf_compress.oneshot.solvers import check_solver_options
-from hf_compress.stages.base import Done, Stage, Work, check_continuations
+from hf_compress.stages.base import CONTINUATIONS, Done, Stage, Work, check_continuations
 from hf_compress.weights import Weight, weights
 
 FEWEST = 2  # bits
@@ -78,13 +78,7 @@ class Quantize(Stage):
         default=False, metadata={"help": "read and write block by block; for models larger than memory"}
     )
     samples: int = field(default=128, metadata={"help": "rows of training text to calibrate on, if the method does"})
-    continuations: int = field(
-        default=0,
-        metadata={
-            "help": "how many more rows the model writes for each of `samples`, going on from its first 16 tokens: "
-            "more to calibrate on where text is scarce"
-        },
-    )
+    continuations: int = field(default=0, metadata=CONTINUATIONS)
     options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "further options of the backend (dtype, double_quant; quant_type; activations)"},

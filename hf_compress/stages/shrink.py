@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
-from hf_compress.stages.base import Done, Stage, Work, refuse_after_export
+from hf_compress.stages.base import Done, Stage, Work, refuse_late
 from hf_compress.surgery import shrink
 from hf_compress.weights import weights
 
@@ -23,7 +23,7 @@ class Shrink(Stage):
     )
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
-        refuse_after_export(work_kinds, where=where)
+        refuse_late(work_kinds, where=where)
         if self.ffn is None and self.layers is None:
             raise CompressError("shrink removes nothing", where=where, next_step="give ffn, layers or both")
         if "quantize" in work_kinds:

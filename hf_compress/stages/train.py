@@ -21,7 +21,7 @@ from hf_compress.coverage import coverage
 from hf_compress.data import Data, Rows, prepare
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.oneshot.precision import bfloat16_is_fast
-from hf_compress.stages.base import Done, Stage, Work, refuse_after_export
+from hf_compress.stages.base import Done, Stage, Work, refuse_late
 from hf_compress.techniques import Technique
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.distillation_options import check_task_weight
@@ -73,7 +73,7 @@ class Train(Stage):
     )
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
-        refuse_after_export(work_kinds, where=where)
+        refuse_late(work_kinds, where=where)
         for key, value in self.args.items():
             if key in _OURS:
                 raise CompressError(f"{key} is not set here: {_OURS[key]}", where=f"{where}.args.{key}")
@@ -123,6 +123,14 @@ class Train(Stage):
     def techniques(self) -> list[Technique]:
         return [technique for technique in (self.distill, self.prune, self.qat) if technique is not None]
 
+    @property
+    def length(self) -> str:
+        """Of the run, as a person says it: ``1000 steps of 8 rows``."""
+        args = self._arguments("unused", 0)
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        how = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs in steps"
+        return f"{how} of {rows} rows"
+
     def run(self, work: Work) -> Done:
         model, cached = work.model, getattr(work.model.config, "use_cache", None)
         self._name_labels(model, work)
@@ -156,6 +164,7 @@ class Train(Stage):
             outcome = trainer.train(resume_from_checkpoint=earlier)
         if cached is not None:  # the Trainer switches it off, and what is saved would generate without a cache
             model.config.use_cache = cached
+        own = {type(t).__name__: t.facts() for t in techniques}
         facts = {
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
@@ -163,7 +172,8 @@ class Train(Stage):
             "bf16": arguments.bf16,
             "log": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
             "frozen": frozen,
-            "techniques": {type(t).__name__: t.facts() for t in techniques},
+            "techniques": own,
+            "notes": [note for each in own.values() for note in each.pop("notes", [])],
         }
         if self.distill is not None and isinstance(self.distill.teacher_model, str):
             facts["techniques"]["Distillation"]["teacher"] = (

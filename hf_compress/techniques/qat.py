@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_compress.calibration import tokens_in, with_continuations
+from hf_compress.calibration import tokens_in, with_continuations, writes_nothing
 from hf_compress.errors import CompressError
 from hf_compress.grids import Grid
 from hf_compress.observers import OBSERVERS, Observer, percentile
@@ -121,8 +121,11 @@ class QAT(Technique):
 
         Raises:
             CompressError: an expression of `skip` that finds nothing, or some experts of a parameter; a group size
-            that does not divide the inputs; rounded activations of stacked experts.
+            that does not divide the inputs; rounded activations of stacked experts; continuations of a model that
+            writes no text.
         """
+        if self.continuations and (why := writes_nothing(base_of(model))):
+            raise CompressError(why, where="qat.continuations", next_step="leave continuations out")
         for weight in (w for several in self._parts(model) for w in several):
             if weight.shape[1] % (self.group_size or 1):
                 raise CompressError(

@@ -368,6 +368,7 @@ def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
         ("llama", {"start_epochs": 2}, "passes of `start: gptq`"),
         ("llama", GPTQ | {"start_epochs": -1}, "cannot be made"),
         ("llama", GPTQ | {"continuations": -1}, "cannot be written"),
+        ("bert", GPTQ | {"continuations": 1}, "go on with a text"),
         ("llama", {"continuations": 1}, "only `start: gptq` reads rows"),
         ("llama", {"skip": ["q_prj"]}, "did you mean 'q_proj'"),
         ("deepseek_v3", {"skip": [r"down_proj\.2$"]}, "some experts of one parameter"),
