@@ -292,13 +292,19 @@ def test_a_recipe_that_is_not_yaml_names_the_place(tmp_path: Path) -> None:
 
 
 def test_what_was_done_stands_in_the_card(decoder: dict[str, Any], tmp_path: Path) -> None:
-    train = {"qat": {"kind": "powers"}, "args": {"max_steps": 1, "disable_tqdm": True}}
-    decoder["stages"], decoder["evaluate"]["metrics"] = [decoder["stages"][0], {"train": train}], ["quality"]
+    decoder["stages"], decoder["evaluate"]["metrics"] = decoder["stages"][:1], ["quality"]
     compress(parse(decoder), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "`{criterion: wanda, sparsity: 0.5, pattern: '2:4', samples: 16}`" in card
     assert "Calibrated or measured on" in card
     assert "interleaved" not in card
+
+
+def test_what_a_technique_has_to_say_stands_in_the_card(decoder: dict[str, Any], tmp_path: Path) -> None:
+    train = {"qat": {"kind": "powers"}, "args": {"max_steps": 1, "disable_tqdm": True}}
+    decoder["stages"], decoder["evaluate"]["metrics"] = [{"train": train}], ["size"]
+    compress(parse(decoder), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
     assert "  - no container stores powers with a row: the values stand in a plain checkpoint" in card
 
 
