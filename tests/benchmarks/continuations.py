@@ -67,7 +67,7 @@ def main() -> None:
     record(
         f"{args.name}_continuations",
         what=f"gptq at 3 bits, groups of {args.group}, on few rows of {args.length} tokens and on what the dense "
-        f"model goes on with from 16 tokens of each, 60 rows held out; ratios, lower is better, one seed; spreads are 95% "
+        f"model goes on with from 16 tokens of each, 60 held out; ratios, lower is better, one seed; spreads are 95% "
         f"intervals over held-out rows. {args.note}".rstrip(),
         command=f"python tests/benchmarks/continuations.py --model FOLDER --name {args.name}",
         figures=figures,
