@@ -82,7 +82,7 @@ def with_continuations(
     groups = _parts(model, rows, times)
     made: dict[int, Tensor] = {}
     steps = [max(len(rows[i % len(rows)]) - len(prompts[i % len(rows)]) for i in group) for group in groups]
-    with tqdm(total=sum(steps), desc="text to calibrate on", unit="token") as bar:
+    with tqdm(total=sum(steps), desc="the model writes text", unit=" positions") as bar:
         for number, group in enumerate(groups):
             begun = [prompts[i % len(rows)].to(model.device) for i in group]
             room = [len(rows[i % len(rows)]) - len(prompt) for i, prompt in zip(group, begun, strict=True)]

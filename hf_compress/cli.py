@@ -40,8 +40,8 @@ errors = Console(stderr=True)
 
 LISTS = (
     "losses, criteria, solvers, backends, families, techniques, stages or recipes; or a section of a recipe: model, "
-    "data, evaluate, publish, distill, qat, prune-in-training, or a stage (shrink, prune, train, quantize, export); "
-    "or one of the names, such as alps"
+    "data, evaluate, publish, distill, qat, prune-in-training, or a stage (shrink, prune, train, cache, quantize, "
+    "export); or one of the names, such as alps"
 )
 RecipeArgument = Annotated[
     str, typer.Argument(help="a recipe file, or the name of a shipped recipe (see `hf-compress list recipes`)")

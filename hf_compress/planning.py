@@ -114,9 +114,7 @@ def plan(recipe: Recipe) -> list[Planned]:
                 notes.append(f"{REFUSED}covers {low:.1%}, below min_coverage {stage.min_coverage:.0%}: {left}")
         elif isinstance(stage, Cache):
             why = stage.refusal(model)
-            notes.append(
-                REFUSED + why if why else "generate() keeps keys and values in int8: less memory, no less time"
-            )
+            notes.append(REFUSED + why if why else stage.foreseen)
         elif isinstance(stage, Export):
             chosen = FORMATS.get(stage.format)
             folder, kind = chosen.folder if chosen else "onnx", stage.quantize or "fp32"
@@ -173,19 +171,25 @@ def _text(data: Data, stage: Stage, model: PreTrainedModel) -> list[str]:
         return [f"trains {stage.length}, each of up to {data.max_length} tokens"]
     if not isinstance(stage, Prune | Quantize) or not stage.calibrates(model):
         return []
-    tokens, widest = (
-        stage.samples * (1 + stage.continuations) * data.max_length,
-        max((w.shape[1] for w in weights(model)), default=0),
-    )
-    few = f", less than 2 for each of the {widest:,} inputs of the widest matrix: raise samples"
-    return [f"calibrates on up to {tokens:,} tokens" + (few if tokens < 2 * widest else "")]
+    own = stage.samples * data.max_length
+    tokens, widest = own * (1 + stage.continuations), max((w.shape[1] for w in weights(model)), default=0)
+    said = f"calibrates on up to {tokens:,} tokens"
+    if tokens > own:
+        said += f", {tokens - own:,} of them written by the model"
+    if tokens < 2 * widest:
+        said += (
+            f", less than 2 for each of the {widest:,} inputs of the widest matrix: raise samples, or continuations"
+        )
+    return [said]
 
 
 def _continuations(model: PreTrainedModel, stage: Prune | Quantize) -> list[str]:
     if not stage.continuations:
         return []
-    why = writes_nothing(model) or ("" if stage.calibrates(model) else "continuations are text, and it reads none")
-    return [f"{REFUSED}{why}; leave continuations out"] if why else []
+    why = writes_nothing(model)
+    if not why and not stage.calibrates(model):
+        why = f"continuations are text, and {stage.method or 'rounding without a method'} reads none"
+    return [f"{REFUSED}{why}; leave continuations out, or take a method that calibrates"] if why else []
 
 
 def _masks(model: PreTrainedModel, stage: Prune | Quantize) -> list[str]:
@@ -221,7 +225,7 @@ def require_possible(recipe: Recipe) -> None:
                 raise CompressError(
                     note.removeprefix(REFUSED),
                     where=row.name,
-                    next_step="`hf-compress plan` shows what each container stores",
+                    next_step="`hf-compress plan` shows what else of the recipe will be refused",
                 )
 
 

@@ -193,7 +193,9 @@ def _build(kind: Any, options: Any, where: str) -> Any:
 
 def _check_keys(kind: Any, options: Any, where: str) -> None:
     if not isinstance(options, dict):
-        raise CompressError(f"{where} is a mapping, not {type(options).__name__}", where=where)
+        raise CompressError(
+            f"{where} must be a mapping, not {type(options).__name__}", where=where, next_step="key: value below it"
+        )
     hints = typing.get_type_hints(kind)
     known = {f.name for f in dataclasses.fields(kind)}
     for key, value in options.items():

@@ -99,7 +99,7 @@ def test_stock_transformers_generates_with_it(recipe: dict[str, Any], after: dic
     facts = compress(parse(recipe), tmp_path / "out").facts["stages"][0]["facts"]
     assert facts["bytes_per_token"] < 0.4 * facts["dense_bytes_per_token"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "  - generate() keeps keys and values in int8 once 4 more have come: " in card
+    assert "  - generate() keeps keys and values of the prompt in int8, and later ones once 4 have come: " in card
     assert "transformers hqq" in card.replace("bitsandbytes ", "").replace("compressed-tensors ", "")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     made = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, return_dict_in_generate=True)
@@ -114,7 +114,7 @@ NARROW = CONFIGS["llama"] | {"model_type": "llama", "head_dim": 20}
 @pytest.mark.parametrize(
     ("config", "stages", "says"),
     [
-        (CONFIGS["bert"] | {"model_type": "bert"}, [], "go on with a text"),
+        (CONFIGS["bert"] | {"model_type": "bert"}, [], "only causal language models keep"),
         (SLIDING | {"max_window_layers": 1}, [], "full attention"),
         (NARROW, [], "heads of 20 values"),
         (PLAIN, [{"quantize": {"backend": "gptq", "bits": 4}}], "environment gptq has no hqq"),
@@ -140,7 +140,7 @@ def test_the_plan_foresees_who_has_no_such_cache(
         ([{"cache": {}}, {"shrink": {"layers": 1}}], "put cache last"),
         ([{"cache": {}}, {"prune": {"sparsity": 0.5}}], "put cache last"),
         ([{"cache": {}}, {"train": {}}], "put cache last"),
-        ([{"cache": {}}, {"cache": {}}], "put cache last"),
+        ([{"cache": {}}, {"cache": {}}], "a cache stage already"),
     ],
 )
 def test_what_cannot_be_kept_is_named(recipe: dict[str, Any], stages: list[Any], says: str) -> None:

@@ -211,11 +211,11 @@ def test_the_plan_says_how_much_text_is_read(decoder: dict[str, Any]) -> None:
         {"quantize": gptq | {"continuations": 1}},
     ]
     _, prune, train, again, quantize = [[n for n in row.notes if "tokens" in n] for row in plan(parse(decoder))]
-    few = "less than 2 for each of the 128 inputs of the widest matrix: raise samples"
+    few = "less than 2 for each of the 128 inputs of the widest matrix: raise samples, or continuations"
     assert prune == [f"calibrates on up to 128 tokens, {few}"]
     assert train == ["trains 7 steps of 8 rows, each of up to 16 tokens"]
     assert again == ["trains 1.5 epochs in steps of 8 rows, each of up to 16 tokens"]
-    assert quantize == ["calibrates on up to 256 tokens"]
+    assert quantize == ["calibrates on up to 256 tokens, 128 of them written by the model"]
 
 
 def test_bitsandbytes_is_refused_for_experts_by_coverage(

@@ -156,6 +156,9 @@ def test_stages_calibrate_on_what_the_model_goes_on_with(
     first, second = compress(parse(recipe), tmp_path / "out").facts["stages"]
     assert first["facts"]["calibration_tokens"] == 3 * 8 * 16
     assert (first["facts"]["continuations"], second["facts"]["continuations"]) == (2, 1)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "  - calibrated on 384 tokens: rows of text, and 2 continuations of each that the model wrote" in card
+    assert "  - calibrated on 256 tokens: rows of text, and a continuation of each that the model wrote" in card
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,10 @@ def test_the_plan_foresees_who_writes_and_who_reads(recipe: dict[str, Any]) -> N
         return [note for row in rows for note in row.notes if "REFUSED" in note and "continuations" in note]
 
     assert not refusals(recipe["model"], gptq)
-    assert "reads none" in refusals(recipe["model"], {"quantize": {"bits": 4, "continuations": 1}})[0]
+    assert (
+        "rounding without a method reads none"
+        in refusals(recipe["model"], {"quantize": {"bits": 4, "continuations": 1}})[0]
+    )
     bert = {"config": CONFIGS["bert"] | {"model_type": "bert"}, "task": "text-classification"}
     bert["tokenizer"] = recipe["model"]["id"]
     assert "go on with a text" in refusals(bert, gptq)[0]

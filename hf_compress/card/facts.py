@@ -16,7 +16,7 @@ from hf_compress.files import write_whole
 FACTS = "hf_compress.json"
 _FOLDERS = re.compile(r"(?<![\w:/.~-])(?:(?:\.\.?|~)?/)+(?:[\w.@+~-]+/)*(?=[\w.@+~-])")  # absolute, or from ../ or ~/
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "compressed-tensors")
-EXTRAS = ("torchao", "onnxruntime")
+EXTRAS = ("torchao", "onnxruntime", "hqq")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class OneshotReport:
         least = min(self.scarce, key=self.scarce.__getitem__)
         return (
             f"{len(self.scarce)} of {len(self.touched)} matrices were refitted on fewer calibration tokens than they "
-            f"have inputs (least: {self.scarce[least]:.2f} for each input of {least}): give more rows"
+            f"have inputs (least: {self.scarce[least]:.2f} for each input of {least}): give more rows, or let the "
+            "model write some (continuations)"
         )
 
     def facts(self) -> dict[str, Any]:

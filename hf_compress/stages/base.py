@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.calibration import Batch, calibration_batches, with_continuations
+from hf_compress.calibration import Batch, calibration_batches, tokens_in, with_continuations
 from hf_compress.coverage import Coverage
 from hf_compress.data import Data, Prepared, prepare
 from hf_compress.errors import CompressError
@@ -91,8 +91,8 @@ class Done:
 
 
 CONTINUATIONS: dict[str, Any] = {
-    "help": "how many more rows the model writes for each of `samples`, going on from its first 16 tokens: more to "
-    "calibrate on where text is scarce"
+    "help": "how many more rows the model writes for each of `samples`, going on from its first 16 tokens (half of a "
+    "shorter row): more to calibrate on where text is scarce"
 }
 
 
@@ -111,6 +111,16 @@ def refuse_late(work_kinds: list[str], *, where: str) -> None:
             where=where,
             next_step="put export last, or just before quantize",
         )
+
+
+def facts_of_text(batches: list[Batch], continuations: int) -> dict[str, Any]:
+    """What a stage calibrated on, and a note of it for the card where some of it is not the recipe's own."""
+    found: dict[str, Any] = {"calibration_tokens": tokens_in(batches)}
+    if continuations:
+        what = "a continuation" if continuations == 1 else f"{continuations} continuations"
+        note = f"calibrated on {tokens_in(batches):,} tokens: rows of text, and {what} of each that the model wrote"
+        found |= {"continuations": continuations, "notes": [note]}
+    return found
 
 
 def check_continuations(times: int, *, streaming: bool, where: str) -> None:

@@ -31,18 +31,25 @@ class Cache(Stage):
     """
 
     recent: int = field(
-        default=128, metadata={"help": "tokens that stay as they are, until so many have come; then all of them go"}
+        default=128,
+        metadata={
+            "help": "tokens after the prompt that stay as they are until so many have come; then all are rounded"
+        },
     )
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
+        if "cache" in work_kinds:
+            raise CompressError("there is a cache stage already", where=where, next_step="keep one of them")
         refuse_late(work_kinds, where=where)
         if type(self.recent) is not int or self.recent < 1:
-            raise CompressError(f"{self.recent!r} is no number of tokens", where=f"{where}.recent")
+            raise CompressError(
+                f"{self.recent!r} is no number of tokens", where=f"{where}.recent", next_step="1 or more"
+            )
         if "quantize" in work_kinds:
             raise CompressError(
-                "packed weights would be written again for a setting",
+                "the setting goes into the folder that quantize writes",
                 where=where,
-                next_step="put cache before quantize: the setting stays with the model",
+                next_step="put cache before quantize",
             )
         require("hqq", extra="cache", what="a cache in 8 bits")
 
@@ -51,14 +58,22 @@ class Cache(Stage):
 
     def refusal(self, model: PreTrainedModel) -> str:
         """Why transformers keeps no such cache of `model` (on the meta device too); "" where it does."""
-        if why := writes_nothing(model):
-            return why
+        if writes_nothing(model):
+            return f"only causal language models keep keys and values, and this is a {type(model).__name__}"
         try:
             QuantizedCache("hqq", model.config)
         except ValueError as error:
             return str(error)
         widths = head_widths(model.config)
         return "" if _group(widths) else f"heads of {' and '.join(map(str, widths))} values are no whole groups of 8"
+
+    @property
+    def foreseen(self) -> str:
+        """For a plan."""
+        return (
+            f"generate() keeps the prompt in int8, and what comes later {self.recent} tokens at a time: less memory, "
+            "no less time; whoever generates needs `pip install hqq`"
+        )
 
     def settings(self, config: PreTrainedConfig) -> dict[str, Any]:
         """`cache_config` of a generation_config."""
@@ -77,13 +92,15 @@ class Cache(Stage):
         model.generation_config.cache_implementation = "quantized"
         model.generation_config.cache_config = settings
         kind = str(model.dtype).removeprefix("torch.")
-        note = (
-            f"generate() keeps keys and values in int8 once {self.recent} more have come: "
+        notes = [
+            f"generate() keeps keys and values of the prompt in int8, and later ones once {self.recent} have come: "
             f"{facts['bytes_per_token']:,.0f} bytes a token where {kind} takes {facts['dense_bytes_per_token']:,.0f}. "
-            f"At {facts['positions']} positions of training text the KL of its answers to those without a cache is "
-            f"{facts['kl']:.2g}. It saves memory and no time, and needs `pip install hqq`."
-        )
-        return Done(model, {**facts, "dtype": kind, "notes": [note]}, scales=work.scales)
+            f"At {facts['positions']} positions of training text the KL of its answers to those computed without a "
+            f"cache is {facts['kl']:.2g}.",
+            "It saves memory and no time, and needs the package hqq; generate(cache_implementation='dynamic') does "
+            "without. What is measured against the dense model is computed without a cache.",
+        ]
+        return Done(model, {**facts, "dtype": kind, "notes": notes}, scales=work.scales)
 
 
 def head_widths(config: PreTrainedConfig) -> tuple[int, ...]:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from hf_compress.calibration import tokens_in
 from hf_compress.coverage import coverage
 from hf_compress.errors import CompressError
 from hf_compress.oneshot import PruneOptions, compress_blocks, compress_checkpoint, empty_model
-from hf_compress.stages.base import CONTINUATIONS, Done, Stage, Work, check_continuations, refuse_late
+from hf_compress.stages.base import CONTINUATIONS, Done, Stage, Work, check_continuations, facts_of_text, refuse_late
 from hf_compress.weights import weights
 
 
@@ -65,6 +64,5 @@ class Prune(PruneOptions, Stage):
         else:
             report = compress_blocks(model, batches, solver, only=names, resume_dir=work.folder / "blocks")
             touched = coverage(model, report.touched, left)
-        facts = report.facts() | {"method": self.chosen_method, "calibration_tokens": tokens_in(batches)}
-        facts |= {"continuations": self.continuations} if self.continuations else {}
+        facts = report.facts() | {"method": self.chosen_method} | facts_of_text(batches, self.continuations)
         return Done(None if self.streaming else model, facts, touched, saved)

@@ -21,7 +21,7 @@ from hf_compress.oneshot.mixed import check_overrides, given_grids
 from hf_compress.oneshot.sensitivity import parts_of, sensitivities
 from hf_compress.oneshot.smoothing import Smooth, folds_of, smooth
 from hf_compress.oneshot.solvers import check_solver_options
-from hf_compress.stages.base import CONTINUATIONS, Done, Stage, Work, check_continuations
+from hf_compress.stages.base import CONTINUATIONS, Done, Stage, Work, check_continuations, facts_of_text
 from hf_compress.weights import Weight, weights
 
 FEWEST = 2  # bits
@@ -271,7 +271,7 @@ class Quantize(Stage):
             report, _ = compress_checkpoint(
                 Path(work.checkpoint), saved, batches, solver, only=only, container=packing
             )
-            facts = report.facts() | {"notes": packing.notes}
+            facts = report.facts() | {"notes": packing.notes} | (facts_of_text(batches, 0) if batches else {})
             return Done(None, facts, foreseen.coverage, saved, quantized=self.backend)
         scheme = self.scheme(work.model)
         scales, facts = work.scales if "packing" in traits else None, {}
@@ -282,7 +282,7 @@ class Quantize(Stage):
         text = self.calibrates(work.model)
         vocabulary = work.model.config.vocab_size
         batches = work.calibration(vocabulary, self.samples, self.continuations) if text else []
-        facts |= {"continuations": self.continuations} if self.continuations else {}
+        facts |= facts_of_text(batches, self.continuations) if text else {}
         foreseen = foresee(work.model, self.backend, **scheme, **self.options)
         only = [w.name for w in weights(work.model) if w.name not in foreseen.reasons]
         if self.smooth is not None:
@@ -312,7 +312,8 @@ class Quantize(Stage):
                 **self.options,
             )
         written.coverage.require(self.min_coverage, where=where)
-        facts |= written.facts | {"notes": written.notes + ([ADAPTER] if extras else [])}
+        notes = facts.pop("notes", []) + written.notes + ([ADAPTER] if extras else [])
+        facts |= written.facts | {"notes": notes}
         return Done(written.model, facts, written.coverage, saved, extras, quantized=self.backend)
 
 

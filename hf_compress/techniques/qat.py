@@ -74,7 +74,9 @@ class QAT(Technique):
     samples: int = field(default=128, metadata={"help": "rows of training text that `start: gptq` reads"})
     continuations: int = field(
         default=0,
-        metadata={"help": "how many more rows the model writes for each of `samples`, from its first 16 tokens"},
+        metadata={
+            "help": "how many more rows the model writes for each of `samples`, from its first 16 tokens at most"
+        },
     )
     start_epochs: int = field(
         default=0,

@@ -77,7 +77,7 @@ def test_a_recipe_ends_on_the_hub(raw: dict[str, Any], online: Hub, tmp_path: Pa
         ({"repo": "alice/small", "privat": True}, "did you mean 'private'"),
         ({"repo": "alice/small", "token": "x"}, "unknown key 'token'"),
         ({"repo": "alice/small", "create_pr": True, "revision": "v1"}, "against main"),
-        ("alice/small", "is a mapping"),
+        ("alice/small", "must be a mapping"),
     ],
 )
 def test_mistakes_are_found_as_the_recipe_is_read(section: Any, says: str, raw: dict[str, Any]) -> None:
