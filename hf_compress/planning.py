@@ -128,10 +128,10 @@ def plan(recipe: Recipe) -> list[Planned]:
                 f"{REFUSED}the environment {name} has no hqq, which the cache stage needs; leave one of them out"
             )
         if isinstance(stage, Prune | Quantize):
-            notes += _streams(recipe, stage) + _masks(model, stage) + _continuations(model, stage)
-        if recipe.data is not None:
-            notes += _text(recipe.data, stage, model)
-        elif stage.calibrates(model):
+            notes += _streams(recipe, stage) + _masks(model, stage)
+        if not any(note.startswith(REFUSED) for note in notes):  # a skip that finds nothing would be stumbled over
+            notes += _continuations(model, stage) + ([] if recipe.data is None else _text(recipe.data, stage, model))
+        if recipe.data is None and stage.calibrates(model):
             notes.append(f"{REFUSED}it calibrates on text, and the recipe has no data: section")
         notes.sort(key=lambda note: not note.startswith(REFUSED))
         rows.append(_row(named.name, named.kind, model, bytes_now, share, experts, notes))
@@ -183,8 +183,8 @@ def _text(data: Data, stage: Stage, model: PreTrainedModel) -> list[str]:
     return [said]
 
 
-def _continuations(model: PreTrainedModel, stage: Prune | Quantize) -> list[str]:
-    if not stage.continuations:
+def _continuations(model: PreTrainedModel, stage: Stage) -> list[str]:
+    if not isinstance(stage, Prune | Quantize) or not stage.continuations:
         return []
     why = writes_nothing(model)
     if not why and not stage.calibrates(model):
