@@ -78,21 +78,19 @@ def with_continuations(
         with safe_open(saved, "pt") as file:
             if file.metadata() == facts:
                 return batches + _batches([file.get_tensor(str(i)) for i in range(times * len(rows))], like=batches)
-    prompts = [row[: min(PROMPT, len(row) // 2)] for row in rows]
-    groups = _parts(model, rows, times)
-    made: dict[int, Tensor] = {}
-    steps = [max(len(rows[i % len(rows)]) - len(prompts[i % len(rows)]) for i in group) for group in groups]
-    with tqdm(total=sum(steps), desc="the model writes text", unit=" positions") as bar:
-        for number, group in enumerate(groups):
-            begun = [prompts[i % len(rows)].to(model.device) for i in group]
-            room = [len(rows[i % len(rows)]) - len(prompt) for i, prompt in zip(group, begun, strict=True)]
-            new = write(model, begun, room, seed=seed * 1_000_003 + number, ends=False, bar=bar)
-            made |= {i: torch.cat([a, b]).cpu() for i, a, b in zip(group, begun, new, strict=True)}
+    prompts = [row[: min(PROMPT, len(row) // 2)].to(model.device) for row in rows] * times
+    room = [len(row) - len(prompt) for row, prompt in zip(rows * times, prompts, strict=True)]
+    together, made = _together(model, rows), list[Tensor]()
+    groups = [slice(at, at + together) for at in range(0, len(prompts), together)]
+    with tqdm(total=sum(max(room[g]) for g in groups), desc="the model writes text", unit=" positions") as bar:
+        for number, g in enumerate(groups):
+            new = write(model, prompts[g], room[g], seed=seed * 1_000_003 + number, ends=False, bar=bar)
+            made += [torch.cat(pair).cpu() for pair in zip(prompts[g], new, strict=True)]
     if saved is not None:
         part = saved.with_name(saved.name + ".part")
-        save_file({str(i): row for i, row in made.items()}, part, metadata=facts)
+        save_file({str(i): row for i, row in enumerate(made)}, part, metadata=facts)
         part.rename(saved)
-    return batches + _batches(list(made.values()), like=batches)
+    return batches + _batches(made, like=batches)
 
 
 def writes_nothing(model: PreTrainedModel) -> str:
@@ -106,12 +104,11 @@ def rows_of(batches: list[Batch]) -> list[Tensor]:
     return [ids[real] for b in batches for ids, real in zip(b["input_ids"], b["attention_mask"].bool(), strict=True)]
 
 
-def _parts(model: PreTrainedModel, rows: list[Tensor], times: int) -> list[range]:
-    """Numbers of the rows to write, those of one go together; number i goes on with row i % len(rows)."""
+def _together(model: PreTrainedModel, rows: list[Tensor]) -> int:
+    """Rows that are written in one go: their keys and values are in memory."""
     config: Any = model.config.get_text_config()
     token = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # less where heads share keys
-    together = max(1, KEPT // (token * max(map(len, rows), default=1)))
-    return [range(i, min(i + together, times * len(rows))) for i in range(0, times * len(rows), together)]
+    return int(max(1, KEPT // (token * max(map(len, rows)))))
 
 
 def _batches(rows: list[Tensor], like: list[Batch]) -> list[Batch]:

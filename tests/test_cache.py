@@ -14,7 +14,7 @@ from hf_compress.planning import plan
 from hf_compress.recipe import parse
 from hf_compress.stages.cache import Cache, cost
 from tests.models import CAUSAL, CONFIGS, tiny
-from tests.training import WORDS, save_reviews, save_tokenizer
+from tests.training import WORDS, decoder_recipe
 
 ROWS = list(torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0)))
 
@@ -80,10 +80,7 @@ def test_groups_divide_whatever_mla_caches() -> None:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
-    tiny("deepseek_v3", vocab_size=len(WORDS)).save_pretrained(tmp_path / "model")
-    save_tokenizer(tmp_path / "model")
-    data = {"id": str(save_reviews(tmp_path / "r.csv")), "eval_size": 16, "max_length": 16, "packing": True}
-    return {"name": "x", "model": {"id": str(tmp_path / "model")}, "data": data}
+    return decoder_recipe(tmp_path, "deepseek_v3")
 
 
 NF4 = {"backend": "bitsandbytes", "bits": 4, "min_coverage": 0.0}

@@ -15,7 +15,7 @@ from hf_compress.planning import plan
 from hf_compress.recipe import parse
 from hf_compress.writing import write
 from tests.models import CONFIGS, tiny
-from tests.training import WORDS, save_reviews, save_tokenizer
+from tests.training import decoder_recipe
 
 
 def given(left: bool = False) -> list[dict[str, torch.Tensor]]:
@@ -122,10 +122,7 @@ def test_drawing_is_from_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
-    tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path / "model")
-    save_tokenizer(tmp_path / "model")
-    data = {"id": str(save_reviews(tmp_path / "r.csv")), "eval_size": 16, "max_length": 16, "packing": True}
-    return {"name": "x", "model": {"id": str(tmp_path / "model")}, "data": data}
+    return decoder_recipe(tmp_path, "llama")
 
 
 def test_stages_calibrate_on_what_the_model_goes_on_with(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_compress.techniques import Technique
 from hf_compress.trainer import CompressionTrainer
+from tests.models import tiny
 
 
 def rows(count: int = 16, *, classes: bool = False) -> Dataset:
@@ -84,3 +85,11 @@ def save_reviews(path: Path, count: int = 80) -> Path:
         )
     path.write_text("\n".join(lines))
     return path
+
+
+def decoder_recipe(folder: Path, family: str) -> dict[str, Any]:
+    """Of a tiny causal model in ``folder/model`` and packed rows of 16 tokens, without stages yet."""
+    tiny(family, vocab_size=len(WORDS)).save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    data = {"id": str(save_reviews(folder / "r.csv")), "eval_size": 16, "max_length": 16, "packing": True}
+    return {"name": "x", "model": {"id": str(folder / "model")}, "data": data}
