@@ -33,6 +33,17 @@ def disable_cpu_packing(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def allow_cpu_packing(model: nn.Module) -> None:
+    """The end of `disable_cpu_packing`, for a model that will only be timed: on CPUs with AVX512-BF16 its next forward
+    repacks it, as it does for whoever opens the folder with bitsandbytes alone (decoding is faster then, long prompts
+    are slower)."""
+    from bitsandbytes.nn import modules
+
+    for module in model.modules():
+        if isinstance(module, modules.Linear4bit):
+            module.support_avx512bf16_for_cpu = modules.has_avx512bf16()
+
+
 def unfit(module_name: str, width: int, *, bits: int) -> str:
     """Why a linear layer of `width` inputs must stay as it is, "" where it need not."""
     if bits == 8 and module_name.endswith("kv_b_proj"):

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_compress.backends.onnx import export_onnx
+from hf_compress.bnb_guard import allow_cpu_packing
 from hf_compress.data import Data, prepare
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.evaluation.artefacts import Artefact, open_elsewhere, open_folder, open_onnx
@@ -144,6 +145,9 @@ def _measured(
                 )
                 each[artefact.name]["sparsity"] = sparsity(artefact.model)
     if "latency" in spec.metrics:
+        for artefact in artefacts:
+            if artefact.model is not None:
+                allow_cpu_packing(artefact.model)  # what else is measured of it was
         made = torch.Generator().manual_seed(seed)
         for size in spec.batch_sizes:
             ids = torch.randint(

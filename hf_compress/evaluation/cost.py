@@ -33,13 +33,15 @@ def paired_latency(
     *,
     repeats: int,
     warmup: int = 3,
+    settle: int = 0,
     clocks: Mapping[str, Callable[[], dict[str, float]]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Wall and CPU milliseconds of each candidate, and how many times faster than the first it is.
 
     One call of each in turn, `repeats` rounds, so a busy moment hits neighbours alike. Speed-ups are the median over
-    rounds of the first candidate's time over this one's in the same round, with quartiles. clocks: of candidates that
-    compute in another process, the seconds their last call took there.
+    rounds of the first candidate's time over this one's in the same round, with quartiles. settle: calls before each
+    timed one, so that the processor's caches hold what is its own, as in a server, and not what its neighbour left.
+    clocks: of candidates that compute in another process, the seconds their last call took there.
     """
     elsewhere = clocks or {}
     for call in candidates.values():
@@ -49,6 +51,8 @@ def paired_latency(
     cpu: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in tqdm(range(repeats), desc="latency", unit="round"):
         for name, call in candidates.items():
+            for _ in range(settle):
+                call()
             started, used = time.perf_counter(), time.process_time()
             call()
             took = {"wall": time.perf_counter() - started, "cpu": time.process_time() - used}

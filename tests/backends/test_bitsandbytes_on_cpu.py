@@ -2,6 +2,7 @@
 plain layers with the same weights do; nothing repacks 4-bit weights in place, on CPUs whose bitsandbytes would."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes
@@ -13,13 +14,15 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 
 from hf_compress.backends import backends, quantize
 from hf_compress.bnb_guard import disable_cpu_packing
+from hf_compress.data import Data
 from hf_compress.errors import CompressError
+from hf_compress.evaluation import Evaluate, evaluate
 from hf_compress.evaluation.artefacts import open_folder
 from hf_compress.source import ModelSource, load_model
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.verification import verify
 from tests.models import tiny
-from tests.training import save_tokenizer, trainer
+from tests.training import WORDS, save_reviews, save_tokenizer, trainer
 
 SCHEMES = {
     "int8": {"bits": 8},
@@ -180,6 +183,29 @@ def test_no_way_in_repacks_a_weight(options: dict, tmp_path: Path, monkeypatch: 
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(patch), os.environ.get("PYTHONPATH", "")]))
     assert verify(out)[str(out)]["logits_difference"] < 1e-5
+
+
+def test_only_time_is_taken_of_repacked_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As whoever opens the folder on such a CPU gets it; quality is that of the codes in it."""
+    model, out, dense = tiny("llama", vocab_size=len(WORDS)), tmp_path / "out", tmp_path / "dense"
+    quantize(model, out, bits=4)
+    model.save_pretrained(dense)
+    save_tokenizer(dense)
+    packed: list[Tensor] = []
+
+    def pack(codes: Tensor, state: object) -> tuple[Tensor, object]:
+        packed.append(codes)
+        return codes, state  # the kernel itself does not run everywhere
+
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(bitsandbytes.nn.modules, "_convert_weight_packed_for_cpu", pack)
+    data = Data(str(save_reviews(tmp_path / "reviews.csv")), eval_size=8)
+    spec = Evaluate(metrics=["quality", "kl", "sparsity"], batch_sizes=[1], length=8, repeats=2)
+    evaluate(out, dense, data=data, spec=spec)
+    assert packed == []
+    found = evaluate(out, dense, data=data, spec=replace(spec, metrics=["latency"]))
+    assert len(packed) >= 14
+    assert found["artefacts"]["root"]["latency"]["1"]["cpu_ms"]["median"] > 0
 
 
 def test_weights_that_a_forward_repacked_before_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -53,6 +55,22 @@ def test_dynamic_int8_counts_its_nodes_too_and_keeps_to_seven_bits(tmp_path: Pat
         codes, zeros = values[node.input[1]], values[node.input[3]]
         assert abs(codes.astype(int)).max() <= 64  # eight bits overflow on a CPU without VNNI, unlike this one perhaps
         assert zeros.size == codes.shape[1]  # a scale for each channel
+
+
+def test_padding_weighs_nothing_and_is_no_denormal_number(tmp_path: Path) -> None:
+    model = tiny("bert")
+    assert export_onnx(model, tmp_path, quantize=None)["fp32_error"] < 1e-4  # some of the rows compared are padded
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx")
+    weights = [n.output[0] for n in graph.graph.node if n.op_type == "Softmax"]
+    graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in weights)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    (batch,) = batches(1)
+    found = session.run(weights, {name: value.numpy() for name, value in batch.items()})
+    assert len(found) == model.config.num_hidden_layers
+    for each in found:
+        assert (each[..., :-2] > 1e-9).all()
+        assert (each[..., -2:] < 1e-15).all()
+        assert (each[..., -2:] > np.finfo(np.float32).tiny).all()  # slow below: five times in onnxruntime's softmax
 
 
 def test_static_needs_text_and_other_kinds_are_unknown(tmp_path: Path) -> None:

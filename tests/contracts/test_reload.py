@@ -112,7 +112,7 @@ def test_onnx_file_agrees_and_other_families_are_refused(tmp_path: Path) -> None
     model = tiny("bert")
     facts = export_onnx(model, tmp_path)
     assert facts["fp32_error"] < 1e-4
-    assert 0 < facts["error"] < 0.2
+    assert 0 < facts["error"] < 0.3
     model.save_pretrained(tmp_path)
     write_expectation(model, tmp_path)
     write_onnx_expectation(tmp_path)
