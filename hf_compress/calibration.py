@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.data import Prepared
 from hf_compress.errors import CompressError
+from hf_compress.precision import quick_copy
 from hf_compress.writing import write
 
 Batch = dict[str, Tensor]
@@ -58,7 +59,8 @@ def with_continuations(
 ) -> list[Batch]:
     """`batches`, and after them `times` as many rows that `model` writes: the first tokens of each row, and what it
     goes on with from there, drawn from its whole distribution, until the row is as long as it was
-    (https://arxiv.org/abs/2305.17888). Second-order solvers then see new inputs where text is scarce.
+    (https://arxiv.org/abs/2305.17888). Second-order solvers then see new inputs where text is scarce. An fp32 model on
+    a CPU with instructions for bfloat16 writes in that, as a copy (half its size more in memory meanwhile).
 
     saved: where what was written is kept, so that a run that is interrupted goes on with the same text.
 
@@ -81,10 +83,11 @@ def with_continuations(
     prompts = [row[: min(PROMPT, len(row) // 2)].to(model.device) for row in rows] * times
     room = [len(row) - len(prompt) for row, prompt in zip(rows * times, prompts, strict=True)]
     together, made = _together(model, rows), list[Tensor]()
+    writer = quick_copy(model)
     groups = [slice(at, at + together) for at in range(0, len(prompts), together)]
     with tqdm(total=sum(max(room[g]) for g in groups), desc="the model writes text", unit=" positions") as bar:
         for number, g in enumerate(groups):
-            new = write(model, prompts[g], room[g], seed=seed * 1_000_003 + number, ends=False, bar=bar)
+            new = write(writer, prompts[g], room[g], seed=seed * 1_000_003 + number, ends=False, bar=bar)
             made += [torch.cat(pair).cpu() for pair in zip(prompts[g], new, strict=True)]
     if saved is not None:
         part = saved.with_name(saved.name + ".part")

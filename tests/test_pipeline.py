@@ -20,9 +20,9 @@ from hf_compress import pipeline
 from hf_compress.card import render_card, without_folders
 from hf_compress.errors import CompressError
 from hf_compress.finished import Finished
-from hf_compress.oneshot.precision import bfloat16_is_fast
 from hf_compress.pipeline import compress, measure_again
 from hf_compress.planning import plan
+from hf_compress.precision import bfloat16_is_fast
 from hf_compress.recipe import load, parse, shipped
 from hf_compress.stages import Train
 from hf_compress.stages.train import _last_whole_checkpoint, _logged_every

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_compress import calibration
+from hf_compress import calibration, precision
 from hf_compress.calibration import tokens_in, with_continuations
 from hf_compress.errors import CompressError
 from hf_compress.pipeline import compress
@@ -54,6 +54,19 @@ def test_each_row_is_begun_again_and_as_long_as_it_was(name: str, left: bool) ->
     assert written[:3] != written[3:]
     assert tokens_in(found) == tokens_in(batches) + 2 * (40 + 24 + 12)
     assert {len(batch["input_ids"]) for batch in found} == {2}
+
+
+def test_a_copy_in_bfloat16_writes_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: True)
+    writers: list[PreTrainedModel] = []
+    monkeypatch.setattr(calibration, "write", lambda model, *a, **b: writers.append(model) or write(model, *a, **b))
+    dense, routed, short = tiny("llama"), tiny("deepseek_v3"), tiny("llama", dtype=torch.bfloat16)
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    for model in (dense, routed, short):
+        with_continuations(model, given(), 1)
+    assert [w.dtype for w in writers] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert writers[1:] == [routed, short]  # experts compile a kernel for every number of tokens
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
 
 
 def test_a_text_that_ends_is_followed_by_another() -> None:

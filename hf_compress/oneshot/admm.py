@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_compress.oneshot.precision import rough
 from hf_compress.oneshot.problem import Problem
+from hf_compress.precision import rough
 
 RHO = 0.1  # the first penalty, in units of diag G
 GROWTH = 2.0  # of the penalty, each time it grows

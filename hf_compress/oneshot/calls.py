@@ -17,7 +17,7 @@ from hf_compress.calibration import Batch
 from hf_compress.errors import CompressError
 from hf_compress.families import family_of
 from hf_compress.oneshot.order import InputGroup
-from hf_compress.oneshot.precision import calibrating
+from hf_compress.precision import calibrating
 from hf_compress.weights import blocks_of
 
 

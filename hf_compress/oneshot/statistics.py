@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.criteria import Statistics
-from hf_compress.oneshot.precision import rough
+from hf_compress.precision import rough
 
 PANEL = 256  # columns of a Gram matrix made at once: only the panels on and above its diagonal are multiplied
 

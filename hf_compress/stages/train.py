@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from hf_compress.coverage import coverage
 from hf_compress.data import Data, Rows, prepare
 from hf_compress.errors import CompressError, did_you_mean
-from hf_compress.oneshot.precision import bfloat16_is_fast
+from hf_compress.precision import bfloat16_is_fast
 from hf_compress.stages.base import Done, Stage, Work, refuse_late
 from hf_compress.techniques import Technique
 from hf_compress.techniques.distillation import Distillation

@@ -82,7 +82,7 @@ def test_the_opened_folder_answers_as_the_calibrated_model_and_nearer_to_the_den
     quantize(model, tmp_path / "ours", backend="bitsandbytes", scales=report.scales, **SCHEMES[scheme])
     quantize(dense, tmp_path / "plain", backend="bitsandbytes", **SCHEMES[scheme])
     sizes = [sum(f.stat().st_size for f in (tmp_path / d).glob("*.safetensors")) for d in ("ours", "plain")]
-    assert sizes[0] == sizes[1]
+    assert sizes[0] == pytest.approx(sizes[1], abs=20 * 14)  # offsets of double quantization are written as text
     opened = [AutoModelForCausalLM.from_pretrained(tmp_path / d).eval() for d in ("ours", "plain")]
     for each in opened:
         disable_cpu_packing(each)

@@ -19,7 +19,7 @@ from hf_compress.calibration import calibration_batches
 from hf_compress.families import expert_options
 from hf_compress.grids import Grid
 from hf_compress.oneshot import compress_blocks, solvers
-from hf_compress.oneshot.precision import bfloat16_is_fast
+from hf_compress.precision import bfloat16_is_fast
 from hf_compress.weights import weights
 
 DENSE, PEER = "dense", "torchao QAT"

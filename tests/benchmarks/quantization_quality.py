@@ -53,6 +53,7 @@ TARGETS = {  # scheme, peer -> ours / theirs, in perplexity gap and KL
     **{(scheme, PLAIN): 0.40 for scheme in ("nf4", "nf4-double")},  # of plain bitsandbytes: 60% of its gap closed
 }
 Run = dict[str, Any]
+ROWS = ("nll", "dense_nll", "kl")  # of an arm, a value for each held-out row
 
 
 def write_sentences(folder: Path, path: Path, *, length: int, rows: int, seeds: int = 3) -> Path:
@@ -90,8 +91,15 @@ def points(ours: list[Run], theirs: list[Run]) -> tuple[float, list[float]]:
     return 100 * found["value"], [100 * found["low"], 100 * found["high"]]
 
 
+def called(library: str, method: str, scheme: str, seed: int) -> str:
+    return f"{library}-{method.replace(', ', '-')}-{scheme}-{seed}"
+
+
 def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namespace) -> Run | None:
-    out = args.output / f"{args.name}-{library}-{method.replace(', ', '-')}-{scheme}-{seed}.json"
+    name = called(library, method, scheme, seed)
+    out = args.output / f"{args.name}-{name}.json"
+    if not out.exists() and name in args.kept:
+        return dict(args.kept[name]) | {row: [float(x) for x in args.kept[name][row].split()] for row in ROWS}
     if not out.exists():
         python = {
             "ours": sys.executable,
@@ -159,11 +167,16 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=30)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--report", action="store_true", help="of the arms that are done; run none")
+    parser.add_argument(
+        "--kept", action="store_true", help="arms (of text) that are not in --output are those in results/, if there"
+    )
     parser.add_argument("--note", default="", help="what a reader must know of this run, such as other jobs beside it")
     parser.add_argument("--output", type=Path, default=Path("outputs/quantization_quality"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     args.tokens = args.output / f"{args.name}.safetensors"
+    before = Path(__file__).parent / "results" / f"{args.name}_quantization.json"
+    args.kept = json.loads(before.read_text()).get("arms", {}) if args.kept and before.exists() else {}
     if args.name == "minilm":
         args.model = write_sentences(args.output, args.tokens, length=args.length, rows=args.rows)
         args.continued = args.distilled = []
@@ -191,13 +204,20 @@ def main() -> None:
         "perplexity": {key: [math.exp(mean(run["nll"])) for run in some] for key, some in named.items()}
         | {"dense": math.exp(mean(first["dense_nll"]))}
     }
+    arms = {
+        called(library, method, scheme, seed): {
+            key: " ".join(f"{x:.6g}" for x in value) if key in ROWS else value for key, value in run.items()
+        }
+        for (scheme, (library, method)), some in runs.items()
+        for seed, run in some.items()
+    }
     held = f"{args.held} x {args.length} held out"
     if "right" in first:
         measured = {
             "accuracy": {key: [100 * mean(run["right"]) for run in some] for key, some in named.items()}
             | {"dense": 100 * mean(first["dense_right"])}
         }
-        held = f"{len(first['right'])} sentences held out"
+        held, arms = f"{len(first['right'])} sentences held out", {}
     record(
         f"{args.name}_quantization",
         what=f"Weight-only quantization of {args.name}, groups of {args.group}, calibration seeds {args.seeds} of "
@@ -215,6 +235,7 @@ def main() -> None:
         kl={key: [mean(run["kl"]) for run in some] for key, some in named.items()},
         seconds={key: [run["cpu_seconds"] for run in some] for key, some in named.items()},
         peak_mb={key: [run["peak_mb"] for run in some] for key, some in named.items()},
+        arms=arms,
     )
 
 

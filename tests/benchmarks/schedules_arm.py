@@ -24,8 +24,8 @@ from hf_compress.data import Prepared, prepare
 from hf_compress.encode import CausalCollator, Encoder
 from hf_compress.evaluation.cost import sparsity
 from hf_compress.families import expert_options
-from hf_compress.oneshot.precision import bfloat16_is_fast
 from hf_compress.pipeline import compress
+from hf_compress.precision import bfloat16_is_fast
 from hf_compress.recipe import load, parse
 from hf_compress.source import ModelSource, load_model, local_path
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hf_compress.oneshot import precision
+from hf_compress import precision
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_compress import precision
 from hf_compress.calibration import cut
 from hf_compress.grids import Grid, codes, fake_quantize, scales
-from hf_compress.oneshot import Solved, Solver, compress_blocks, precision, prune, run_blocks, solvers
+from hf_compress.oneshot import Solved, Solver, compress_blocks, prune, run_blocks, solvers
 from hf_compress.oneshot.calls import Block, Call, first_call, halve
 from hf_compress.oneshot.memory import InMemory
 from hf_compress.oneshot.tuning import Rounded, Tuning, _Levels, tune
@@ -177,6 +178,40 @@ def test_levels_move_on_their_grid_and_the_error_falls(name: str, grid: Grid) ->
         )
     assert changed > 100
     assert any(not torch.equal(rounded[name].scale, start[name]) for name in start)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3", "qwen2_moe"])
+def test_vectors_of_a_rounded_block_move_too_and_zeros_stay(name: str) -> None:
+    model = tiny(name)
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            parameter.data[::2] = 0.1
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    grid = Grid(bits=3, group_size=16)
+    compress_blocks(
+        model,
+        batches(),
+        solvers["gptq"](grid=grid, epochs=2),
+        only=[w.name for w in weights(model) if w.block == BLOCK],
+    )
+    inside = {id(p) for p in blocks_of(model)[BLOCK].parameters()}
+    moved = {key for key, p in model.named_parameters() if p.ndim == 1 and not torch.equal(p, before[key])}
+    assert moved == {key for key, p in model.named_parameters() if p.ndim == 1 and id(p) in inside}
+    assert len(moved) >= 2
+    assert all(torch.equal(model.state_dict()[key] == 0, before[key] == 0) for key in moved)
+
+
+def test_a_gain_that_was_halved_is_found_again() -> None:
+    _, block, calls, _ = pruned_block("llama")
+    gain = block.module.post_attention_layernorm.weight
+    with torch.no_grad():
+        for call in calls:
+            call.dense = block.whole(call, call.hidden)
+        gain.mul_(0.5)
+    first = error(block, calls)
+    tune(block, calls, [], Tuning(epochs=40, rate=0.1, grid=lambda name: Grid(8, 16)), {})
+    assert error(block, calls) < 0.05 * first
+    assert float((gain.detach() - 1).abs().mean()) < 0.1
 
 
 def test_gradients_of_levels_and_scales_are_those_of_autograd() -> None:
