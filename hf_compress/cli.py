@@ -41,7 +41,7 @@ errors = Console(stderr=True)
 LISTS = (
     "losses, criteria, solvers, backends, families, techniques, stages or recipes; or a section of a recipe: model, "
     "data, evaluate, publish, distill, qat, prune-in-training, or a stage (shrink, prune, train, cache, quantize, "
-    "export); or one of the names, such as alps"
+    "export); or one of the names, such as alps, or of the keys, such as group_size"
 )
 RecipeArgument = Annotated[
     str, typer.Argument(help="a recipe file, or the name of a shipped recipe (see `hf-compress list recipes`)")

@@ -89,7 +89,10 @@ def listing(what: str) -> list[tuple[str, str, str]]:
     sections |= {"distill": Distillation, "prune-in-training": Pruning, "qat": QAT}
     if what in sections:
         return [(f.name, f.metadata.get("help", ""), _default(f)) for f in dataclasses.fields(sections[what])]
-    names = [entry.name for registry in REGISTRIES.values() for entry in registry]
+    keys = [(section, f) for section, kind in sections.items() for f in dataclasses.fields(kind)]
+    if what in {f.name for _, f in keys}:
+        return [(f"{s}: {f.name}", f.metadata.get("help", ""), _default(f)) for s, f in keys if f.name == what]
+    names = [entry.name for registry in REGISTRIES.values() for entry in registry] + [f.name for _, f in keys]
     raise CompressError(
         f"nothing to list called {what!r}",
         next_step=did_you_mean(what, [*REGISTRIES, "recipes", "stages", "techniques", *sections, *names]),

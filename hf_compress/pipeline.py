@@ -90,12 +90,12 @@ def compress(
         )
     config = read_config(recipe.model)
     task, licence = task_of(recipe.model, config), source_licence(recipe.model, recipe.license)
-    room = output.parent / f".{output.name}.work"
-    room.mkdir(parents=True, exist_ok=True)
     require_possible(recipe)
     for data in (recipe.data, *(getattr(named.stage, "extra_data", None) for named in recipe.stages)):
         if data is not None:
             peek(data, task=task)
+    room = output.parent / f".{output.name}.work"
+    room.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     transformers.set_seed(recipe.seed)
 

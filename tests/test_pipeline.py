@@ -513,12 +513,12 @@ def test_yaml_words_reach_training_arguments(decoder: dict[str, Any], tmp_path: 
         ("stages/0/prune/pattern", "24:48", r"does not divide 64[\s\S]*model.layers.0"),
     ],
 )
-def test_mistakes_that_need_the_data_leave_no_output(
+def test_mistakes_that_need_the_data_leave_nothing(
     decoder: dict[str, Any], tmp_path: Path, path: str, value: Any, says: str
 ) -> None:
     with pytest.raises(CompressError, match=says):
-        compress(parse(change(decoder, path, value)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        compress(parse(change(decoder, path, value)), tmp_path / "made" / "out")
+    assert not (tmp_path / "made").exists()
 
 
 def test_teacher_with_another_tokenizer_is_refused(decoder: dict[str, Any], tmp_path: Path) -> None:
