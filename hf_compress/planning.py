@@ -29,6 +29,7 @@ from hf_compress.weights import weights
 
 REFUSED = "will be REFUSED: "
 RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+MANY_CONTINUATIONS = 7  # of a row: more were not seen to help
 FP8_BYTES = 1 + 4 / 128**2  # one byte a weight and one fp32 scale for each 128 x 128 block
 
 
@@ -176,6 +177,8 @@ def _text(data: Data, stage: Stage, model: PreTrainedModel) -> list[str]:
     said = f"calibrates on up to {tokens:,} tokens"
     if tokens > own:
         said += f", {tokens - own:,} of them written by the model"
+    if stage.continuations > MANY_CONTINUATIONS:
+        said += f", token by token (more than {MANY_CONTINUATIONS} continuations of a row were not seen to help)"
     if tokens < 2 * widest:
         said += (
             f", less than 2 for each of the {widest:,} inputs of the widest matrix: raise samples, or continuations"
