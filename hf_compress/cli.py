@@ -335,15 +335,16 @@ def list_(
 ) -> None:
     """Name, one line and paper of everything of a kind; keys, meaning and default of a section of a recipe; or what
     something of that name does and takes."""
-    from hf_compress.listing import explained, listing
+    from hf_compress.listing import explained, keys, listing
 
     found = explained(what)
     for text in (paragraph for entry in found for paragraph in [*entry, ""]):
         console.print(Padding(escape(text.strip()), (0, 0, 0, len(text) - len(text.lstrip()))), highlight=False)
-    if found:
+    rows = keys(what) if found else listing(what)
+    if not rows:
         return
     table = Table("name", "what", "paper or default", box=None)
-    for row in listing(what):
+    for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
 

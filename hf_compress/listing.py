@@ -46,6 +46,17 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 
 
+SECTIONS: dict[str, Any] = STAGES | {
+    "model": ModelSource,
+    "data": Data,
+    "evaluate": Evaluate,
+    "publish": Publish,
+    "distill": Distillation,
+    "prune-in-training": Pruning,
+    "qat": QAT,
+}
+
+
 def explained(name: str) -> list[list[str]]:
     """What ``hf-compress list NAME`` says of every entry of that name (a solver and a backend may share one): its
     paragraphs, each indented as it is meant."""
@@ -85,18 +96,21 @@ def listing(what: str) -> list[tuple[str, str, str]]:
         return [
             (name, " ".join((sys.modules[kind.__module__].__doc__ or "").split()), "") for name, kind in STAGES.items()
         ]
-    sections: dict[str, Any] = STAGES | {"model": ModelSource, "data": Data, "evaluate": Evaluate, "publish": Publish}
-    sections |= {"distill": Distillation, "prune-in-training": Pruning, "qat": QAT}
-    if what in sections:
-        return [(f.name, f.metadata.get("help", ""), _default(f)) for f in dataclasses.fields(sections[what])]
-    keys = [(section, f) for section, kind in sections.items() for f in dataclasses.fields(kind)]
-    if what in {f.name for _, f in keys}:
-        return [(f"{s}: {f.name}", f.metadata.get("help", ""), _default(f)) for s, f in keys if f.name == what]
-    names = [entry.name for registry in REGISTRIES.values() for entry in registry] + [f.name for _, f in keys]
+    if what in SECTIONS:
+        return [(f.name, f.metadata.get("help", ""), _default(f)) for f in dataclasses.fields(SECTIONS[what])]
+    if rows := keys(what):
+        return rows
+    names = {entry.name for registry in REGISTRIES.values() for entry in registry}
     raise CompressError(
         f"nothing to list called {what!r}",
-        next_step=did_you_mean(what, [*REGISTRIES, "recipes", "stages", "techniques", *sections, *names]),
+        next_step=did_you_mean(what, {*REGISTRIES, "recipes", "stages", "techniques", *SECTIONS, *names}),
     )
+
+
+def keys(name: str) -> list[tuple[str, str, str]]:
+    """The keys of that name, with the section each is in, as rows of ``hf-compress list``."""
+    fields = [(section, f) for section, kind in SECTIONS.items() for f in dataclasses.fields(kind)]
+    return [(f"{where}: {f.name}", f.metadata.get("help", ""), _default(f)) for where, f in fields if f.name == name]
 
 
 def _asked_by(entry: Entry[Any]) -> str:

@@ -29,7 +29,8 @@ from hf_compress.weights import weights
 
 REFUSED = "will be REFUSED: "
 RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
-MANY_CONTINUATIONS = 7  # of a row: more were not seen to help
+MANY_CONTINUATIONS = 7
+TOO_MANY = f"token by token; more than {MANY_CONTINUATIONS} continuations of a row were not seen to help"
 FP8_BYTES = 1 + 4 / 128**2  # one byte a weight and one fp32 scale for each 128 x 128 block
 
 
@@ -169,7 +170,10 @@ def _streams(recipe: Recipe, stage: Prune | Quantize) -> list[str]:
 def _text(data: Data, stage: Stage, model: PreTrainedModel) -> list[str]:
     """How much of the text a stage reads, rows being as long as they may be."""
     if isinstance(stage, Train):
-        return [f"trains {stage.length}, each of up to {data.max_length} tokens"]
+        notes = [f"trains {stage.length}, each of up to {data.max_length} tokens"]
+        if stage.qat is not None and stage.qat.continuations > MANY_CONTINUATIONS:
+            notes.append(f"qat: {TOO_MANY}")
+        return notes
     if not isinstance(stage, Prune | Quantize) or not stage.calibrates(model):
         return []
     own = stage.samples * data.max_length
@@ -178,7 +182,7 @@ def _text(data: Data, stage: Stage, model: PreTrainedModel) -> list[str]:
     if tokens > own:
         said += f", {tokens - own:,} of them written by the model"
     if stage.continuations > MANY_CONTINUATIONS:
-        said += f", token by token (more than {MANY_CONTINUATIONS} continuations of a row were not seen to help)"
+        said += f" ({TOO_MANY})"
     if tokens < 2 * widest:
         said += (
             f", less than 2 for each of the {widest:,} inputs of the widest matrix: raise samples, or continuations"

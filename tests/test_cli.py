@@ -54,7 +54,10 @@ def test_the_module_runs_as_the_command_does(module: str) -> None:
         ("alps", "\n    steps: of conjugate gradients."),
         ("gptq", "backend gptq: 2, 3, 4 or 8 bits"),
         ("llama", "family llama: Llama, SmolLM2"),
+        ("group_size", "\n quantize: group_size"),
         ("group_size", "\n qat: group_size"),
+        ("criterion", "\n prune: criterion"),
+        ("criterion", "solver criterion: "),
     ],
 )
 def test_lists(what: str, holds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -217,7 +217,7 @@ def test_the_plan_says_how_much_text_is_read(decoder: dict[str, Any]) -> None:
     assert again == ["trains 1.5 epochs in steps of 8 rows, each of up to 16 tokens"]
     assert quantize == ["calibrates on up to 256 tokens, 128 of them written by the model"]
     many = plan(parse(change(decoder, "stages/3/quantize/continuations", 100_000)))[-1].notes
-    assert any("12,800,000 of them written by the model, token by token (more than 7 continuations" in n for n in many)
+    assert any("12,800,000 of them written by the model (token by token; more than 7 continuations" in n for n in many)
 
 
 def test_bitsandbytes_is_refused_for_experts_by_coverage(

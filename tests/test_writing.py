@@ -58,15 +58,16 @@ def test_each_row_is_begun_again_and_as_long_as_it_was(name: str, left: bool) ->
 
 def test_a_copy_in_bfloat16_writes_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: True)
-    writers: list[PreTrainedModel] = []
-    monkeypatch.setattr(calibration, "write", lambda model, *a, **b: writers.append(model) or write(model, *a, **b))
-    dense, routed, short = tiny("llama"), tiny("deepseek_v3"), tiny("llama", dtype=torch.bfloat16)
-    before = {name: value.clone() for name, value in dense.state_dict().items()}
-    for model in (dense, routed, short):
-        with_continuations(model, given(), 1)
-    assert [w.dtype for w in writers] == [torch.bfloat16, torch.float32, torch.bfloat16]
-    assert writers[1:] == [routed, short]  # experts compile a kernel for every number of tokens
-    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    writers: list[torch.dtype] = []
+
+    def watched(model: PreTrainedModel, *given: Any, **more: Any) -> list[torch.Tensor]:
+        writers.append(model.dtype)
+        return write(model, *given, **more)
+
+    monkeypatch.setattr(calibration, "write", watched)
+    for name in ("llama", "deepseek_v3"):
+        with_continuations(tiny(name), given(), 1)
+    assert writers == [torch.bfloat16, torch.float32]
 
 
 def test_a_text_that_ends_is_followed_by_another() -> None:

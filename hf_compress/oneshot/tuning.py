@@ -15,7 +15,6 @@ from hf_compress.oneshot.gradients import only_these_train
 from hf_compress.weights import Weight
 
 WARMUP = 4  # steps
-VECTOR_RATE = 0.5  # of `Tuning.rate`, in units of a vector's root mean square
 STEP_TOKENS, STEPS = 512, 32  # of a batch, at most; and how many there should be, at least: many small steps over the
 # text once do as well as few large ones over it twice
 
@@ -58,8 +57,7 @@ def tune(
     blocks is that of BRECQ (Li et al. 2021, https://arxiv.org/abs/2102.05426).
 
     Of pruned weights the nonzero entries move. Of those in `rounded`, by name, levels and scales do (`_Levels`), and
-    its scales become what was found; the block's vectors (gains of norms, biases) move with them, which no container
-    rounds. (Beside pruned weights they hardly help: KL at 2:4 1% lower on DeepSeek-V3-8M.)
+    its scales become what was found.
 
     Few passes are the regulariser: every step is held back, and noise of the text is learned last.
 
@@ -70,20 +68,17 @@ def tune(
         CompressError: the block's output is not finite.
     """
     movers: list[_Mover] = []
-    vectors: list[Tensor] = []
     if rounded is None:
-        movers += [_Survivors(whole, _nonzero(whole, parts), tuning.rate) for whole, parts in _wholes(weights)]
+        movers += [_Survivors(whole, parts, tuning.rate) for whole, parts in _wholes(weights)]
     else:
         assert tuning.grid is not None
         movers += [_Levels(w, rounded[w.name], tuning.grid(w.name), tuning.rate) for w in weights]
-        vectors += [p for p in block.module.parameters() if p.ndim == 1 and p.is_floating_point()]
-        movers += [_Survivors(vector, vector != 0, tuning.rate * VECTOR_RATE) for vector in vectors]
     optimizer = torch.optim.Adam([group for each in movers for group in each.groups()], betas=(0.9, 0.95), fused=True)
     total = tuning.epochs * len(calls)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / WARMUP) * (1 - s / total))
     order = sorted(range(len(calls)), key=lambda i: calls[i].mark)  # the text decides it, not who hands it over
     shuffle = torch.Generator().manual_seed(0)
-    wholes = [whole for whole, _ in _wholes(weights)] + vectors
+    wholes = [whole for whole, _ in _wholes(weights)]
     losses = []
     with only_these_train(block.module, wholes):
         for _ in range(tuning.epochs):
@@ -117,10 +112,13 @@ class _Mover(Protocol):
 
 
 class _Survivors:
-    """The `kept` entries of a parameter."""
+    """The nonzero entries of a parameter that some of `parts` are a part of."""
 
-    def __init__(self, whole: Tensor, kept: Tensor, rate: float) -> None:
-        self._whole, self._kept = whole, kept
+    def __init__(self, whole: Tensor, parts: Sequence[Weight], rate: float) -> None:
+        self._whole = whole
+        self._kept = torch.zeros_like(whole, dtype=torch.bool)
+        for part in parts:
+            part.of(self._kept).copy_(part.matrix != 0)
         self._master = whole.detach().float()  # the same memory where it is fp32
         self._rate = rate * float((self._master.square() * self._kept).sum().div(self._kept.sum().clamp_min(1)).sqrt())
 
@@ -180,14 +178,6 @@ class _Levels:
         scale = (self._scale.float() * self._factor).to(self._scale.dtype)
         self._weight.matrix.copy_(from_codes(self._level, self._grid.stored(scale)))
         self._rounded.scale = scale
-
-
-def _nonzero(whole: Tensor, parts: Sequence[Weight]) -> Tensor:
-    """Which entries of a parameter are in one of `parts` and not zero."""
-    kept = torch.zeros_like(whole, dtype=torch.bool)
-    for part in parts:
-        part.of(kept).copy_(part.matrix != 0)
-    return kept
 
 
 def _wholes(weights: Sequence[Weight]) -> list[tuple[Tensor, list[Weight]]]:

@@ -2,8 +2,9 @@
 plain layers with the same weights do; nothing repacks 4-bit weights in place, on CPUs whose bitsandbytes would."""
 
 import os
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -12,11 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 
+from hf_compress import evaluation
 from hf_compress.backends import backends, quantize
 from hf_compress.bnb_guard import disable_cpu_packing
 from hf_compress.data import Data
 from hf_compress.errors import CompressError
-from hf_compress.evaluation import Evaluate, evaluate
 from hf_compress.evaluation.artefacts import open_folder
 from hf_compress.source import ModelSource, load_model
 from hf_compress.techniques.distillation import Distillation
@@ -199,13 +200,28 @@ def test_only_time_is_taken_of_repacked_weights(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     monkeypatch.setattr(bitsandbytes.nn.modules, "_convert_weight_packed_for_cpu", pack)
+    measured: list[str] = []
+
+    def watched(measure: Callable[..., Any]) -> Callable[..., Any]:
+        def before_packing(*given: Any, **more: Any) -> Any:
+            found = measure(*given, **more)
+            assert packed == []
+            measured.append(measure.__name__)
+            return found
+
+        return before_packing
+
+    for name in ("quality", "sparsity"):
+        monkeypatch.setattr(evaluation, name, watched(getattr(evaluation, name)))
     data = Data(str(save_reviews(tmp_path / "reviews.csv")), eval_size=8)
-    spec = Evaluate(metrics=["quality", "kl", "sparsity"], batch_sizes=[1], length=8, repeats=2)
-    evaluate(out, dense, data=data, spec=spec)
-    assert packed == []
-    found = evaluate(out, dense, data=data, spec=replace(spec, metrics=["latency"]))
+    metrics = ["latency", "quality", "kl", "sparsity"]
+    spec = evaluation.Evaluate(metrics=metrics, batch_sizes=[1], length=8, repeats=2)
+    found = evaluation.evaluate(out, dense, data=data, spec=spec)["artefacts"]
+    assert measured == ["quality", "sparsity", "sparsity"]
     assert len(packed) >= 14
-    assert found["artefacts"]["root"]["latency"]["1"]["cpu_ms"]["median"] > 0
+    assert found["root"]["latency"]["1"]["cpu_ms"]["median"] > 0
+    assert found["root"]["repacked"]
+    assert "repacked" not in found["dense"]
 
 
 def test_weights_that_a_forward_repacked_before_are_refused(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from hf_compress.backends.onnx import export_onnx
 from hf_compress.errors import CompressError
 from hf_compress.recipe import parse
 from hf_compress.verification import verify, write_expectation, write_onnx_expectation
-from tests.models import tiny
+from tests.models import CONFIGS, tiny
 
 
 def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
@@ -57,8 +58,12 @@ def test_dynamic_int8_counts_its_nodes_too_and_keeps_to_seven_bits(tmp_path: Pat
         assert zeros.size == codes.shape[1]  # a scale for each channel
 
 
-def test_padding_weighs_nothing_and_is_no_denormal_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_padding_weighs_nothing_and_is_no_denormal_number(kind: str, tmp_path: Path) -> None:
     model = tiny("bert")
+    if kind == "roberta":  # whose positions count from the padding token on
+        config = RobertaConfig(**CONFIGS["bert"] | {"pad_token_id": 1, "type_vocab_size": 1})
+        model = RobertaForSequenceClassification(config).eval()
     assert export_onnx(model, tmp_path, quantize=None)["fp32_error"] < 1e-4  # some of the rows compared are padded
     graph = onnx.load(tmp_path / "onnx" / "model.onnx")
     weights = [n.output[0] for n in graph.graph.node if n.op_type == "Softmax"]

@@ -37,6 +37,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from oneshot_pruning import divergence, gap, ratio, smollm2, write_tokens
 from report import figure, record
 
+from hf_compress.evaluation.cost import machine_facts
+
 SCHEMES = ("w3", "w4", "nf4", "nf4-double", "w2", "w8", "int8")
 OURS, TUNED, CONTINUED = ("ours", "gptq"), ("ours", "gptq, tuned"), ("ours", "gptq, tuned, continued")
 DISTILLED, PLAIN = ("ours", "qad"), ("ours", "rtn")
@@ -99,7 +101,7 @@ def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namesp
     name = called(library, method, scheme, seed)
     out = args.output / f"{args.name}-{name}.json"
     if not out.exists() and name in args.kept:
-        return dict(args.kept[name]) | {row: [float(x) for x in args.kept[name][row].split()] for row in ROWS}
+        return args.kept[name] | {row: [float(x) for x in args.kept[name][row].split()] for row in ROWS}
     if not out.exists():
         python = {
             "ours": sys.executable,
@@ -117,7 +119,7 @@ def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namesp
         alone = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         subprocess.run(command, check=True, env=os.environ | alone)
     found: Run = json.loads(out.read_text())
-    return found
+    return found | {"text": f"{args.rows} x {args.length}", "machine": args.machine}
 
 
 def compared(runs: dict[tuple[str, tuple[str, str]], dict[int, Run]], scheme: str) -> list[dict[str, Any]]:
@@ -140,7 +142,10 @@ def compared(runs: dict[tuple[str, tuple[str, str]], dict[int, Run]], scheme: st
             wanted, reached = (f"<= {target}", value <= target) if target else ("-", True)
             figures.append(figure(f"{name}: {what}", value, wanted, reached, spread=spread))
         if peer != PLAIN and peer[0] != "torchao":  # those read no text
-            costs = sorted(x["cpu_seconds"] / y["cpu_seconds"] for x, y in zip(a, b, strict=True))
+            alike = [(x, y) for x, y in zip(a, b, strict=True) if x["machine"] == y["machine"]]
+            costs = sorted(x["cpu_seconds"] / y["cpu_seconds"] for x, y in alike)
+            if not costs:
+                continue
             limit = ("<= 1.0", mean(costs) <= 1) if peer[0] == "auto-round" else ("-", True)
             figures.append(figure(f"{name}: CPU time", mean(costs), *limit, spread=costs))
     return figures
@@ -168,7 +173,10 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--report", action="store_true", help="of the arms that are done; run none")
     parser.add_argument(
-        "--kept", action="store_true", help="arms (of text) that are not in --output are those in results/, if there"
+        "--kept",
+        action="store_true",
+        help="take arms that are not in --output from results/, where arms of text are kept with their machine (CPU "
+        "times are compared where both sides ran on the same one), and report their seeds too",
     )
     parser.add_argument("--note", default="", help="what a reader must know of this run, such as other jobs beside it")
     parser.add_argument("--output", type=Path, default=Path("outputs/quantization_quality"))
@@ -176,7 +184,11 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     args.tokens = args.output / f"{args.name}.safetensors"
     before = Path(__file__).parent / "results" / f"{args.name}_quantization.json"
-    args.kept = json.loads(before.read_text()).get("arms", {}) if args.kept and before.exists() else {}
+    args.machine = machine_facts()["cpu"]
+    kept = json.loads(before.read_text()).get("arms", {}) if args.kept and before.exists() else {}
+    text = (f"{args.rows} x {args.length}", args.group)
+    args.kept = {name: run for name, run in kept.items() if (run["text"], run["group"]) == text}
+    args.seeds = sorted({*args.seeds, *(run["seed"] for run in args.kept.values())})
     if args.name == "minilm":
         args.model = write_sentences(args.output, args.tokens, length=args.length, rows=args.rows)
         args.continued = args.distilled = []
@@ -204,7 +216,7 @@ def main() -> None:
         "perplexity": {key: [math.exp(mean(run["nll"])) for run in some] for key, some in named.items()}
         | {"dense": math.exp(mean(first["dense_nll"]))}
     }
-    arms = {
+    arms = args.kept | {
         called(library, method, scheme, seed): {
             key: " ".join(f"{x:.6g}" for x in value) if key in ROWS else value for key, value in run.items()
         }
@@ -212,6 +224,8 @@ def main() -> None:
         for seed, run in some.items()
     }
     held = f"{args.held} x {args.length} held out"
+    elsewhere = {run["machine"] for run in arms.values()} - {args.machine}
+    args.note += f" Some arms ran on {', '.join(sorted(elsewhere))}." if elsewhere else ""
     if "right" in first:
         measured = {
             "accuracy": {key: [100 * mean(run["right"]) for run in some] for key, some in named.items()}

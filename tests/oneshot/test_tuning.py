@@ -180,40 +180,6 @@ def test_levels_move_on_their_grid_and_the_error_falls(name: str, grid: Grid) ->
     assert any(not torch.equal(rounded[name].scale, start[name]) for name in start)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3", "qwen2_moe"])
-def test_vectors_of_a_rounded_block_move_too_and_zeros_stay(name: str) -> None:
-    model = tiny(name)
-    for key, parameter in model.named_parameters():
-        if key.endswith("bias"):
-            parameter.data[::2] = 0.1
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    grid = Grid(bits=3, group_size=16)
-    compress_blocks(
-        model,
-        batches(),
-        solvers["gptq"](grid=grid, epochs=2),
-        only=[w.name for w in weights(model) if w.block == BLOCK],
-    )
-    inside = {id(p) for p in blocks_of(model)[BLOCK].parameters()}
-    moved = {key for key, p in model.named_parameters() if p.ndim == 1 and not torch.equal(p, before[key])}
-    assert moved == {key for key, p in model.named_parameters() if p.ndim == 1 and id(p) in inside}
-    assert len(moved) >= 2
-    assert all(torch.equal(model.state_dict()[key] == 0, before[key] == 0) for key in moved)
-
-
-def test_a_gain_that_was_halved_is_found_again() -> None:
-    _, block, calls, _ = pruned_block("llama")
-    gain = block.module.post_attention_layernorm.weight
-    with torch.no_grad():
-        for call in calls:
-            call.dense = block.whole(call, call.hidden)
-        gain.mul_(0.5)
-    first = error(block, calls)
-    tune(block, calls, [], Tuning(epochs=40, rate=0.1, grid=lambda name: Grid(8, 16)), {})
-    assert error(block, calls) < 0.05 * first
-    assert float((gain.detach() - 1).abs().mean()) < 0.1
-
-
 def test_gradients_of_levels_and_scales_are_those_of_autograd() -> None:
     """Straight through the rounding, and through the clipping where nothing is beyond the grid."""
     grid = Grid(3, 32)
@@ -270,21 +236,6 @@ def test_only_an_fp32_model_is_run_in_bfloat16(dtype: torch.dtype, monkeypatch: 
     assert seen
     half = torch.bfloat16 if dtype == torch.float32 else dtype
     assert seen[0] == (dtype, half)  # norms stay as they are, products do not
-
-
-def test_a_rough_product_is_right_to_the_rounding_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(500, width, generator=made) for width in (24, 40))
-    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: True)
-    found, exact = precision.rough(left).T @ precision.rough(right), left.T @ right
-    assert 1e-5 < (found - exact).norm() / exact.norm() < 5e-3
-    assert precision.rough(left.double()).dtype == torch.float64
-
-
-def test_routed_experts_on_a_cpu_are_not_run_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda device: True)
-    assert precision.calibrating(tiny("llama"), "cpu")._enabled
-    assert not precision.calibrating(tiny("deepseek_v3"), "cpu")._enabled
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "alps"])

@@ -43,9 +43,8 @@ def gptq(
     Args:
         grids: weight name -> its own grid. dense_target: aim at the dense model's outputs; False keeps each matrix's
         own. act_order: columns of large inputs first. search: of scales that clip; False takes absmax. passes: 0 for
-        GPTQ as published. epochs: passes over the text in which `tune` moves codes and scales of a block together, and
-        the gains of its norms and its biases (2: better at 3 bits and below, for twice the time); rate: how far a step
-        of it goes.
+        GPTQ as published. epochs: passes over the text in which `tune` moves codes and scales of a block together (2:
+        better at 3 bits and below, for twice the time); rate: how far a step of it goes.
 
     Raises:
         CompressError: while solving: the group size does not divide the inputs, weights that are not finite, a grid
