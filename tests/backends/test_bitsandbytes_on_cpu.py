@@ -258,6 +258,7 @@ def test_a_model_that_a_person_packed_needs_no_backend(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "dense")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     own = type(model).from_pretrained(tmp_path / "dense", quantization_config=config)
+    disable_cpu_packing(own)
     ours = quantize(model, tmp_path / "out", bits=4).model
     with torch.no_grad():
         assert torch.equal(own(IDS).logits, ours(IDS).logits)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_compress.backends import quantize
+from hf_compress.bnb_guard import disable_cpu_packing
 from hf_compress.errors import CompressError
 from hf_compress.pipeline import compress
 from hf_compress.planning import require_possible
@@ -160,6 +161,7 @@ def test_a_recipe_stores_what_it_trained_after_an_interruption_too(
     assert "train: done before" in said
     ((logits, scales),) = given
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    disable_cpu_packing(opened)  # its kernel rounds activations
     with torch.no_grad():
         torch.testing.assert_close(opened(IDS % len(WORDS)).logits, logits, atol=1e-5, rtol=1e-5)
     stored = load_file(tmp_path / "out" / "model.safetensors")
