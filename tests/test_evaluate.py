@@ -82,6 +82,13 @@ def test_a_folder_without_tokenizer_borrows_the_dense_models_or_says_so(tmp_path
     assert found["artefacts"]["root"]["perplexity"]["n"] == 8
 
 
+def test_a_candidate_settles_before_each_of_its_timed_calls() -> None:
+    called: list[str] = []
+    calls = {name: lambda name=name: called.append(name) for name in "ab"}
+    assert paired_latency(calls, repeats=2, warmup=1, settle=2).keys() == {"a", "b"}
+    assert called == [*"ab", *"aaabbb", *"aaabbb"]
+
+
 def test_sparsity_counts_zeros() -> None:
     model = tiny("llama")
     for weight in weights(model):
