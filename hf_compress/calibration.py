@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def with_continuations(
                 return batches + _batches([file.get_tensor(str(i)) for i in range(times * len(rows))], like=batches)
     prompts = [row[: min(PROMPT, len(row) // 2)].to(model.device) for row in rows] * times
     room = [len(row) - len(prompt) for row, prompt in zip(rows * times, prompts, strict=True)]
-    together, made = _together(model, rows), list[Tensor]()
-    writer = quick_copy(model)
+    writer, made = quick_copy(model), list[Tensor]()
+    together = _together(writer, rows * times)
     groups = [slice(at, at + together) for at in range(0, len(prompts), together)]
     with tqdm(total=sum(max(room[g]) for g in groups), desc="the model writes text", unit=" positions") as bar:
         for number, g in enumerate(groups):
@@ -108,10 +109,16 @@ def rows_of(batches: list[Batch]) -> list[Tensor]:
 
 
 def _together(model: PreTrainedModel, rows: list[Tensor]) -> int:
-    """Rows that are written in one go: their keys and values are in memory."""
+    """Rows that are written in one go, as their keys and values are in memory: as few goes as that leaves, of like
+    size (a go of two rows takes nearly as long as one of twenty)."""
     config: Any = model.config.get_text_config()
-    token = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # less where heads share keys
-    return int(max(1, KEPT // (token * max(map(len, rows)))))
+    heads, width = config.num_attention_heads, config.hidden_size
+    if not getattr(config, "kv_lora_rank", None):  # a latent is narrower than the hidden state
+        head = getattr(config, "head_dim", None) or width // heads
+        width = head * (getattr(config, "num_key_value_heads", None) or heads)
+    token = 2 * config.num_hidden_layers * width * model.dtype.itemsize
+    most = int(max(1, KEPT // (token * max(map(len, rows)))))
+    return math.ceil(len(rows) / math.ceil(len(rows) / most))
 
 
 def _batches(rows: list[Tensor], like: list[Batch]) -> list[Batch]:

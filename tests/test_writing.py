@@ -93,7 +93,8 @@ def test_what_was_written_is_kept_and_is_of_its_rows(tmp_path: Path, monkeypatch
         return write(*args, **options)
 
     monkeypatch.setattr(calibration, "write", counted)
-    monkeypatch.setattr(calibration, "KEPT", 80 * 2 * 2 * 64 * 4)  # of two rows of 40, two layers of 64 float32
+    monkeypatch.setattr(calibration, "quick_copy", lambda model: model)  # whatever the CPU
+    monkeypatch.setattr(calibration, "KEPT", 80 * 2 * 2 * 32 * 4)  # of two rows of 40, two layers of 32 float32
     first = with_continuations(model, given(), 1, saved=saved)
     assert len(asked) == 2
     again = with_continuations(model, given(), 1, saved=saved)
@@ -106,6 +107,23 @@ def test_what_was_written_is_kept_and_is_of_its_rows(tmp_path: Path, monkeypatch
         with_continuations(model, batches, times, seed=seed, saved=saved)
         assert asked
     assert [path.name for path in tmp_path.iterdir()] == ["text.safetensors"]
+
+
+@pytest.mark.parametrize(("family", "values"), [("llama", 32), ("gpt2", 64), ("deepseek_v3", 64)])
+def test_rows_are_written_in_few_goes_of_like_size(family: str, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows of 40 fit, and of six three are written twice. values: keys of a token in a layer."""
+    model, asked = tiny(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 2}), list[int]()
+
+    def counted(writer: object, prompts: list[torch.Tensor], *args: object, **options: object) -> list[torch.Tensor]:
+        asked.append(len(prompts))
+        return write(writer, prompts, *args, **options)
+
+    monkeypatch.setattr(calibration, "write", counted)
+    monkeypatch.setattr(calibration, "quick_copy", lambda model: model)
+    monkeypatch.setattr(calibration, "KEPT", 5 * 40 * 2 * 2 * values * 4)
+    ids = torch.arange(6 * 40).view(6, 40) % 100 + 3
+    with_continuations(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], 1)
+    assert asked == [3, 3]
 
 
 def test_the_seed_decides() -> None:
