@@ -210,6 +210,13 @@ def fake_quantize_lsq(matrix: Tensor, scale: Tensor, grid: Grid, zero: Tensor | 
     return found
 
 
+def at_scale(levels: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """`from_codes`, (out, in), with the gradient for the scales (out, groups), d out / d s = level - zero, summed over
+    each group; no other. It keeps for that no more than `out`, which whoever multiplies with it keeps too."""
+    found: Tensor = _AtScale.apply(levels, scale, zero)  # type: ignore[no-untyped-call]
+    return found
+
+
 def first_scales(matrix: Tensor, grid: Grid) -> Tensor:
     """(out, in) -> (out, groups) in fp32: where LSQ's paper starts, 2 mean |w| / sqrt(Qp), Qp = 2^(b-1) - 1 (times
     Qp / `Grid.largest` for levels that are not counted in ones); never 0."""
@@ -250,6 +257,20 @@ class _Learned(torch.autograd.Function):
         matrix, scale = ctx.dtypes
         grouped = gradient[0].float().view_as(slope)
         return (grouped * inside).flatten(1).to(matrix), (grouped * slope).sum(-1).to(scale), None, None
+
+
+class _AtScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, levels: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        out = from_codes(levels, scale, zero)
+        ctx.save_for_backward(out, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[None, Tensor, None]:
+        out, scale = ctx.saved_tensors
+        steps = (gradient[0].float() * out.float()).unflatten(1, (scale.shape[1], -1)).sum(-1)
+        return None, (steps / scale.float()).to(scale.dtype), None
 
 
 def searched_scales(matrix: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:

@@ -52,7 +52,7 @@ def _check_stores(stage: Quantize, qat: QAT, name: str, between: str, *, where: 
         )
     stored = traits["grid"](bits=stage.bits, group_size=stage.group_size, **stage.options)
     activations = stage.options.get("activations")
-    moves = stored.pinned and not trained.pinned and (qat.method == "lsq" or qat.freeze_after is not None)
+    moves = stored.pinned and not trained.pinned and (qat.method != "ste" or qat.freeze_after is not None)
     wrong = {
         f"{name} trained {trained.facts()}, and {stage.backend} stores {stored.facts()} here": (
             trained.facts() != stored.facts()

@@ -23,7 +23,8 @@ from hf_compress.techniques.calibrated_start import solved, training_batches
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.inputs import Inputs
 from hf_compress.techniques.lora import check_teacher, merge_in_forward
-from hf_compress.techniques.qat_options import check_options, notes
+from hf_compress.techniques.pruning import Pruning
+from hf_compress.techniques.qat_options import check_adapted, check_options, notes
 from hf_compress.techniques.rounding import Rounding
 from hf_compress.techniques.schedule import steps_in_epoch, steps_of
 from hf_compress.techniques.shadows import Change, shadow
@@ -58,17 +59,22 @@ class QAT(Technique):
     )
     method: str = field(
         default="ste",
-        metadata={"help": "ste: scales follow the largest weight of each group; lsq: scales are learned and may clip"},
+        metadata={
+            "help": "ste: scales follow the largest weight of each group; lsq: they are learned and may clip; scales: "
+            "nothing else is learned of a rounded weight, its codes stay as they begin (as EfficientQAT ends)"
+        },
     )
     scale_start: str = field(
         default="search",
-        metadata={"help": "lsq begins with scales of least squared error (search), or with its paper's (mean)"},
+        metadata={
+            "help": "lsq and scales begin with scales of least squared error (search), or with its paper's (mean)"
+        },
     )
     start: str = field(
         default="dense",
         metadata={
             "help": "rounding begins from the weights as they are (dense), or from what the one-shot solver makes of "
-            "them on training text (gptq: with lsq, or nf4 and fp4)"
+            "them on training text (gptq: with lsq or scales, or nf4 and fp4)"
         },
     )
     samples: int = field(default=128, metadata={"help": "rows of training text that `start: gptq` reads"})
@@ -83,7 +89,8 @@ class QAT(Technique):
         metadata={"help": "passes over them in which `start: gptq` moves the levels of a block together too"},
     )
     scale_rate: float = field(
-        default=10.0, metadata={"help": "lsq: learning rate of the scales' logarithms, over that of the weights"}
+        default=10.0,
+        metadata={"help": "lsq, scales: learning rate of the scales' logarithms, over that of the weights"},
     )
     activations: int | None = field(
         default=None, metadata={"help": "bits of what enters each layer; none = not rounded"}
@@ -148,15 +155,16 @@ class QAT(Technique):
         parts = self._parts(model)
         everything = [weight for several in parts for weight in several]
         self._adapted = merge_in_forward(model, everything, where="qat")
-        if self._adapted and self.start == "gptq":
-            raise CompressError(
-                "gptq would round the base of the adapters, and what trains is W + BA",
-                where="qat.start",
-                next_step="train whole weights, or leave start out",
-            )
-        learn = self.method == "lsq"
+        if self._adapted:
+            check_adapted(self)
+        learn, fixed = self.method != "ste", self.method == "scales"
         self._weights = everything
-        self._roundings = [Rounding(several, self.grid, learn=learn, start=self.scale_start) for several in parts]
+        self._roundings = [
+            Rounding(several, self.grid, learn=learn, fixed=fixed, start=self.scale_start) for several in parts
+        ]
+        self._resting = [several[0].whole for several in parts if fixed and several[0].whole.requires_grad]
+        for whole in self._resting:
+            whole.requires_grad_(False)
         self._scales: dict[str, Tensor] | None = None
         self._on, self._first, self._freeze, self._read = False, 0, -1, 0
         modules: dict[nn.Module, dict[str, tuple[str, Change]]] = defaultdict(dict)
@@ -218,6 +226,12 @@ class QAT(Technique):
 
     def prepare(self, trainer: CompressionTrainer) -> None:
         check_teacher(trainer.techniques, self._weights, self._adapted, where="qat")
+        if self.method == "scales" and any(isinstance(t, Pruning) for t in trainer.techniques):
+            raise CompressError(
+                "the weights stay as they begin, and pruning would choose among them as they train",
+                where="qat.method",
+                next_step="prune in a stage before (its zeros stay), or method: lsq",
+            )
         if self._inputs is not None and any(
             isinstance(t, Distillation) and t.learns_from_base for t in trainer.techniques
         ):
@@ -300,6 +314,8 @@ class QAT(Technique):
                 next_step="train longer, or begin earlier",
             )
         self._scales = {name: scale for r in self._roundings for name, scale in r.bake().items()}
+        for whole in self._resting:
+            whole.requires_grad_(True)
 
     @property
     def scales(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from hf_compress.techniques.schedule import parse_when
 if TYPE_CHECKING:
     from hf_compress.techniques.qat import QAT
 
-METHODS = ("ste", "lsq")
+METHODS = ("ste", "lsq", "scales")
 SCALE_STARTS = ("search", "mean")
 STARTS = ("dense", "gptq")
 RANGES = ("token", *OBSERVERS)
@@ -44,6 +44,8 @@ def check_options(options: QAT) -> None:
         ("ranges are of activations, and those are not rounded", "ranges"): acts is None and options.ranges != "token",
         (f"{options.percentile} is no percentage above 50", "percentile"): not 50 < options.percentile <= 100,
         ("it begins where the run ends", "begin"): (number, unit) == (1, "share"),
+        ("what `method: scales` trains is there from the first step", "begin"): options.method == "scales"
+        and number != 0,
         ("the ranges freeze before rounding begins", "freeze_after"): frozen is not None
         and frozen[1] == unit
         and frozen[0] <= number,
@@ -56,15 +58,31 @@ def check_options(options: QAT) -> None:
         ("these are passes of `start: gptq`, which is not asked for", "start_epochs"): not solved
         and options.start_epochs > 0,
         (f"gptq has no form for {options.kind}", "start"): solved and options.kind not in ("int", "nf4", "fp4"),
-        ("ste would find other scales than gptq chose; method: lsq keeps them", "start"): solved
+        ("ste would find other scales than gptq chose; method: lsq and scales keep them", "start"): solved
         and options.kind == "int"
         and options.method == "ste",
-        ("lsq begins with gptq's scales, so this would do nothing", "scale_start"): solved
+        ("training begins with gptq's scales, so this would do nothing", "scale_start"): solved
         and options.scale_start != "search",
     }
     for (what, where), is_so in wrong.items():
         if is_so:
             raise CompressError(what, where=f"qat.{where}", next_step="see `hf-compress list qat`")
+
+
+def check_adapted(options: QAT) -> None:
+    """Raise a CompressError for what would act on the base of LoRA adapters alone, where what is rounded is W + BA."""
+    if options.start == "gptq":
+        raise CompressError(
+            "gptq would round the base of the adapters, and what trains is W + BA",
+            where="qat.start",
+            next_step="train whole weights, or leave start out",
+        )
+    if options.method == "scales":
+        raise CompressError(
+            "adapters would move W + BA off the codes, and those stay",
+            where="qat.method",
+            next_step="method: lsq, or train without lora",
+        )
 
 
 def notes(options: QAT) -> list[str]:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from hf_compress.errors import CompressError
 from hf_compress.grids import (
     Grid,
+    at_scale,
+    codes,
     fake_quantize_lsq,
     fake_quantize_ste,
     first_scales,
@@ -29,12 +31,17 @@ class Rounding:
     is sign * exp(theta), and theta trains: it neither becomes 0 nor changes sign, and a step changes it by a share of
     itself. Its gradient is that of `fake_quantize_lsq` over sqrt(N Qp), N weights to a scale, Qp = 2^(b-1) - 1.
 
+    fixed: the levels stay those that `begin` found, and puts into the parameter; it takes no gradient, and a learned
+    scale has that of level * scale: d out / d s = level, over the same root.
+
     Raises:
         CompressError: weights that are not finite, or packed.
     """
 
-    def __init__(self, parts: Sequence[Weight], grid: Grid, *, learn: bool = False, start: str = "search") -> None:
-        self.parts, self.grid, self._start = parts, grid, start
+    def __init__(
+        self, parts: Sequence[Weight], grid: Grid, *, learn: bool = False, fixed: bool = False, start: str = "search"
+    ) -> None:
+        self.parts, self.grid, self._start, self._fixed = parts, grid, start, fixed
         self.name, self._dtype = parts[0].parameter, parts[0].matrix.dtype
         self._slow = (self._group * max(1, (1 << (grid.bits - 1)) - 1)) ** -0.5
         try:
@@ -42,7 +49,7 @@ class Rounding:
         except CompressError as error:
             raise CompressError(error.what, where=parts[0].name, next_step=error.next_step) from error
         self.theta = nn.Parameter(torch.zeros(shape, device=parts[0].whole.device)) if learn else None
-        self._kept: dict[str, Tensor] = {}  # sign, scale (frozen), zero
+        self._kept: dict[str, Tensor] = {}  # sign, scale (frozen), zero, first (the scale that fixed levels count in)
 
     @property
     def _group(self) -> int:
@@ -67,6 +74,10 @@ class Rounding:
                 scale = first_scales(rows, self.grid) if self._start == "mean" else searched_scales(rows, self.grid)
             self.theta.copy_(scale.float().abs().log())
             self._kept["sign"] = scale.float().sign()
+        if self._fixed:
+            scale, zero = self._scale(rows)
+            self.parts[0].whole.copy_(self._as_stored(fake_quantize_lsq(rows, scale, self.grid, zero)))
+            self._kept["first"] = scale.clone()
 
     @torch.no_grad()
     def freeze(self, stored: Tensor) -> None:
@@ -94,11 +105,15 @@ class Rounding:
         """As stored, differentiable in `stored` and theta."""
         rows = self._rows(stored)
         if self.theta is None and not self.frozen:
-            rounded = fake_quantize_ste(rows, self.grid)
-        else:
-            scale, zero = self._scale(rows)
-            rounded = fake_quantize_lsq(rows, scale, self.grid, zero)
-        return rounded.T if self.parts[0].transposed else rounded.view(stored.shape)
+            return self._as_stored(fake_quantize_ste(rows, self.grid))
+        scale, zero = self._scale(rows)
+        if self._fixed:
+            levels = codes(rows.detach(), self._kept["first"], self.grid, zero)
+            return self._as_stored(at_scale(levels, scale, zero))
+        return self._as_stored(fake_quantize_lsq(rows, scale, self.grid, zero))
+
+    def _as_stored(self, rows: Tensor) -> Tensor:
+        return rows.T if self.parts[0].transposed else rows.view(self.parts[0].whole.shape)
 
     @torch.no_grad()
     def bake(self) -> dict[str, Tensor]:

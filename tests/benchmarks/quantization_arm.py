@@ -123,16 +123,22 @@ def by_torchao(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
 
 def distilled(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
     """Tuned gptq, then three epochs over the same rows toward the dense model's answers (QAD), 512 tokens a step: with
-    levels and scales, what is not rounded trains too (embeddings, head, norms, routers)."""
+    levels and scales, what is not rounded trains too (embeddings, head, norms, routers). Of `scales` two epochs, in
+    which scales, norms and routers train alone."""
     from datasets import Dataset
     from transformers import TrainingArguments
 
     from hf_compress import QAT, CompressionTrainer, Distillation
     from hf_compress.families import expert_options
+    from hf_compress.precision import bfloat16_is_fast
 
     options = expert_options(AutoConfig.from_pretrained(args.model))
-    model = load(args.model, **options)
+    model, alone = load(args.model, **options), args.method == "scales"
     start = {"method": "lsq", "start": "gptq", "samples": len(ids)} | args.options
+    if alone:
+        start |= {"method": "scales", "scale_rate": 1.0}
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight.requires_grad_(False)
     with tempfile.TemporaryDirectory() as scratch:
         CompressionTrainer(
             model,
@@ -143,8 +149,9 @@ def distilled(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
             task_weight=0.0,
             args=TrainingArguments(
                 scratch,
-                num_train_epochs=3,
-                learning_rate=1e-4,
+                num_train_epochs=2 if alone else 3,
+                learning_rate=3e-4 if alone else 1e-4,
+                bf16=not options and bfloat16_is_fast("cpu"),  # of routed experts fp32 is faster
                 lr_scheduler_type="cosine",
                 warmup_steps=4,
                 weight_decay=0.0,
@@ -163,7 +170,7 @@ def distilled(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
 
 
 def by_us(args: argparse.Namespace, ids: torch.Tensor) -> PreTrainedModel:
-    if args.method == "qad":
+    if args.method in ("qad", "scales"):
         return distilled(args, ids)
     from hf_compress.backends import backends
     from hf_compress.calibration import with_continuations
@@ -207,7 +214,7 @@ IMPORTS = {  # before memory and time count
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=list(LIBRARIES), required=True)
-    parser.add_argument("--method", default="", help="of ours: rtn, gptq, qad")
+    parser.add_argument("--method", default="", help="of ours: rtn, gptq, qad, scales")
     parser.add_argument("--scheme", required=True)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--options", type=json.loads, default={}, help="further options of our solver, as JSON")

@@ -43,6 +43,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"backend": "bitsandbytes", "bits": 4},
     ),
     "nf4 learned": ("gpt2", LEARNED | {"kind": "nf4", "group_size": 64}, {"backend": "bitsandbytes", "bits": 4}),
+    "w3 scales": (
+        "deepseek_v3",
+        FROM_GPTQ | {"method": "scales", "bits": 3, "group_size": 32},
+        CT | {"bits": 3, "group_size": 32},
+    ),
+    "nf4 scales": (
+        "gpt2",
+        {"method": "scales", "kind": "nf4", "group_size": 64},
+        {"backend": "bitsandbytes", "bits": 4},
+    ),
     "fp4 learned": (
         "llama",
         LEARNED | {"kind": "fp4", "group_size": 64},
@@ -87,9 +97,10 @@ def test_the_container_answers_as_the_fake_quant_model(tmp_path: Path) -> None:
     verify(*(tmp_path / case for case in CASES))
 
 
+@pytest.mark.parametrize("method", ["lsq", "scales"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_scales_in_bfloat16_are_stored_as_they_were(bits: int, tmp_path: Path) -> None:
-    model, _, qat = trained("llama", LEARNED | {"bits": bits}, tmp_path / "run", torch.bfloat16)
+def test_scales_in_bfloat16_are_stored_as_they_were(bits: int, method: str, tmp_path: Path) -> None:
+    model, _, qat = trained("llama", {"method": method, "bits": bits}, tmp_path / "run", torch.bfloat16)
     assert {scale.dtype for scale in qat.scales.values()} == {torch.bfloat16}
     written = quantize(model, tmp_path / "out", **CT, bits=bits, scales=qat.scales)
     with torch.no_grad():
@@ -188,6 +199,7 @@ W4 = {"bits": 4, "group_size": 32}
             "8 bits by mse",
         ),
         ({"bits": 8, "method": "lsq"}, {"backend": "bitsandbytes", "bits": 8}, "finds scales again"),
+        ({"bits": 8, "method": "scales"}, {"backend": "bitsandbytes", "bits": 8}, "finds scales again"),
         ({"bits": 8, "freeze_after": 0.5}, {"backend": "bitsandbytes", "bits": 8}, "finds scales again"),
         (
             {"kind": "nf4", "group_size": 64},

@@ -1,6 +1,7 @@
 """What is trained is what ships: rounding is seen in the forward, absent from the state_dict, and left in the weights
 at the end."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ EVERY = {
     "powers": {"kind": "powers", "bits": 3, "freeze_after": 1},
     "codebook": {"kind": "codebook", "bits": 3, "group_size": 32, "method": "lsq"},
     "offset": {"kind": "uint", "bits": 4, "group_size": 32, "method": "lsq"},
+    "scales": {"bits": 3, "group_size": 32, "method": "scales"},
+    "scales, offset": {"kind": "uint", "bits": 4, "group_size": 32, "method": "scales"},
+    "scales, frozen": {"bits": 4, "group_size": 32, "method": "scales", "freeze_after": 1},
 }
 FULL = {"bits": 4, "group_size": 32, "method": "lsq", "activations": 8, "ranges": "percentile"}
 
@@ -149,6 +153,63 @@ def test_gradients_of_learned_scales(tmp_path: Path) -> None:
     torch.testing.assert_close(rounding.theta.grad, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["int", "nf4", "uint"])
+def test_where_scales_alone_train_a_level_is_their_slope(kind: str) -> None:
+    weight = weights(tiny("llama", **SMALL))[0]
+    rounding = Rounding([weight], Grid(4, 64, kind, pinned=kind == "nf4"), learn=True, fixed=True)
+    rounding.begin(weight.whole)
+    upstream, before = torch.randn(weight.shape), weight.matrix.detach().clone()
+    kept = list[torch.Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = rounding(weight.whole)
+    large = [tensor for tensor in kept if tensor.numel() >= out.numel()]
+    assert [tensor.data_ptr() for tensor in large] == [out.data_ptr()]  # not its levels beside it
+    torch.testing.assert_close(out, before, rtol=1e-6, atol=1e-8)  # begin left it on its grid
+    (out * upstream).sum().backward()
+    expected = (before * upstream).unflatten(1, (-1, 64)).sum(-1) / (64 * 7) ** 0.5
+    torch.testing.assert_close(rounding.theta.grad, expected, atol=1e-5, rtol=1e-4)
+    assert weight.whole.grad is None
+    with torch.no_grad():
+        rounding.theta.add_(0.7)  # far enough that every level would be another in steps of the new scale
+        moved = rounding(weight.whole).unflatten(1, (-1, 64))
+    torch.testing.assert_close(moved, before.unflatten(1, (-1, 64)) * math.exp(0.7), rtol=1e-5, atol=1e-7)
+
+
+SCALES = {"bits": 3, "group_size": 32, "method": "scales", "start": "gptq", "samples": 16}
+
+
+@pytest.mark.parametrize(
+    "options", [SCALES, {"kind": "nf4", "group_size": 64, "method": "scales"}], ids=["int", "nf4"]
+)
+def test_scales_alone_train_and_codes_stay(options: dict, tmp_path: Path) -> None:
+    model = tiny("deepseek_v3", num_hidden_layers=2)
+    zero = weights(model)[0].matrix[:, :3]
+    zero.zero_()
+    qat = QAT(**options)
+    run = trainer(model, tmp_path, [qat], max_steps=3, learning_rate=1e-2)
+    assert not any(w.whole.requires_grad for w in weights(model))
+    begun, norm = list[tuple[torch.Tensor, torch.Tensor]](), model.model.norm.weight.detach().clone()
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                found = ((r._kept["first"], r._rows(r.parts[0].whole.detach())) for r in qat._roundings)
+                begun.extend((first.clone(), stored.clone()) for first, stored in found)
+
+    run.add_callback(Look())
+    run.train()
+    moved = 0
+    for rounding, (first, stored) in zip(qat._roundings, begun, strict=True):
+        scale = torch.cat([qat.scales[part.name] for part in rounding.parts])
+        after = codes(rounding._rows(rounding.parts[0].whole), scale, qat.grid)
+        assert torch.equal(after, codes(stored, first, qat.grid))
+        moved += int((scale != first).sum())
+    assert moved > 0
+    assert (zero == 0).all()
+    assert not torch.equal(model.model.norm.weight, norm)
+    assert all(w.whole.requires_grad for w in weights(model))
+
+
 def test_scales_neither_vanish_nor_change_sign(tmp_path: Path) -> None:
     qat = QAT(3, 16, method="lsq")
     run = trainer(tiny("llama", **SMALL), tmp_path, [qat], max_steps=6, learning_rate=0.3, max_grad_norm=0)
@@ -229,7 +290,7 @@ def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(trained(tmp_path, FULL, activation_checkpointing=True), trained(tmp_path, FULL))
 
 
-@pytest.mark.parametrize("options", ["FULL", "GPTQ"])
+@pytest.mark.parametrize("options", ["FULL", "GPTQ", "SCALES"])
 def test_two_ranks_equal_one(options: str, tmp_path: Path) -> None:
     one = trained(tmp_path, globals()[options], per_device_train_batch_size=4)
     first, second = on_two_ranks(__name__, f"trained(folder, {options}, per_device_train_batch_size=2)", tmp_path)
@@ -245,6 +306,7 @@ FROM_GPTQ = {
     "learned, tuned": GPTQ | {"start_epochs": 2},
     "nf4": {"kind": "nf4", "group_size": 64, "start": "gptq", "samples": 16},
     "nf4, tuned": {"kind": "nf4", "group_size": 64, "start": "gptq", "samples": 16, "start_epochs": 1},
+    "scales": SCALES,
 }
 
 
@@ -307,6 +369,7 @@ RESUMED = {
     "learned": FULL | {"begin": "2 steps", "freeze_after": "4 steps"},
     "from gptq": GPTQ | {"begin": "2 steps"},
     "codebook": {"kind": "codebook", "bits": 3, "freeze_after": "3 steps", "activations": 8},
+    "scales": SCALES | {"freeze_after": "4 steps"},
 }
 
 
@@ -360,9 +423,10 @@ def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
         ("llama", {"begin": 0.5, "freeze_after": 0.25}, "freeze before rounding begins"),
         ("llama", {"scale_rate": 0.0}, "does not train"),
         ("llama", {"start": "gtpq"}, "did you mean 'gptq'"),
-        ("llama", GPTQ | {"method": "ste"}, "method: lsq keeps them"),
+        ("llama", GPTQ | {"method": "ste"}, "lsq and scales keep them"),
         ("llama", GPTQ | {"kind": "codebook"}, "no form for codebook"),
         ("llama", GPTQ | {"scale_start": "mean"}, "would do nothing"),
+        ("llama", {"method": "scales", "begin": 0.5}, "from the first step"),
         ("llama", GPTQ | {"samples": 0}, "none to calibrate on"),
         ("llama", {"samples": 64}, "only `start: gptq` reads rows"),
         ("llama", {"start_epochs": 2}, "passes of `start: gptq`"),
@@ -398,6 +462,14 @@ def test_gptq_does_not_round_the_base_of_adapters(tmp_path: Path) -> None:
     student = get_peft_model(tiny("llama", **SMALL), LoraConfig(target_modules="all-linear", r=4))
     with pytest.raises(CompressError, match="round the base of the adapters"):
         trainer(student, tmp_path, [QAT(**GPTQ)])
+
+
+def test_what_moves_codes_is_refused_where_scales_alone_train(tmp_path: Path) -> None:
+    student = get_peft_model(tiny("llama", **SMALL), LoraConfig(target_modules="all-linear", r=4))
+    with pytest.raises(CompressError, match="adapters would move"):
+        trainer(student, tmp_path, [QAT(method="scales")])
+    with pytest.raises(CompressError, match="prune in a stage before"):
+        trainer(tiny("llama", **SMALL), tmp_path, [QAT(method="scales"), Pruning(0.5)])
 
 
 def test_what_no_container_stores_is_said() -> None:
