@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.families import family_of
+from hf_compress.grouped_attention import use_grouped
 
 
 @cache
@@ -45,7 +46,9 @@ def quick_copy(model: PreTrainedModel) -> PreTrainedModel:
     if device != "cpu" or getattr(model, "is_quantized", False) or not _gains(model, device):
         return model
     short = {id(p): nn.Parameter(p.detach().to(torch.bfloat16), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, short)
+    copied = copy.deepcopy(model, short)
+    use_grouped(copied)
+    return copied
 
 
 def rough(tensor: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from hf_compress.criteria import criteria
 from hf_compress.losses import losses
 from hf_compress.oneshot.solvers import solvers
 from hf_compress.registry import Registry
+from hf_compress.techniques.qat_options import METHODS
 
 _KINDS: dict[str, tuple[Registry[Any], ...]] = {  # where the names in a stage's options and facts are looked up
     "prune": (solvers, criteria),
-    "train": (losses, criteria),
+    "train": (losses, criteria, solvers),
     "quantize": (backends, solvers),
 }
 
@@ -28,6 +29,8 @@ def papers(facts: dict[str, Any]) -> dict[str, str]:
         named = set(_words(options)) | set(_words(stage["facts"])) | {stage["quantized"]}
         for registry in _KINDS.get(stage["kind"], ()):
             found |= {entry.name: entry.paper for entry in registry if entry.name in named and entry.paper}
+        method = stage["facts"].get("techniques", {}).get("QAT", {}).get("method")
+        found |= {method: METHODS[method]} if method in METHODS else {}
     return found
 
 

@@ -13,7 +13,11 @@ from hf_compress.techniques.schedule import parse_when
 if TYPE_CHECKING:
     from hf_compress.techniques.qat import QAT
 
-METHODS = ("ste", "lsq", "scales")
+METHODS = {  # and their papers
+    "ste": "https://arxiv.org/abs/1308.3432",
+    "lsq": "https://arxiv.org/abs/1902.08153",
+    "scales": "https://arxiv.org/abs/2407.11062",
+}
 SCALE_STARTS = ("search", "mean")
 STARTS = ("dense", "gptq")
 RANGES = ("token", *OBSERVERS)

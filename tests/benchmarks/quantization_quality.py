@@ -8,8 +8,9 @@ to calibrate on, other ones for each seed, 30 x 512 held out for everybody. An a
 (`quantization_arm.py`), one thread; finished arms are not run again. gptq: our solver with its defaults; tuned:
 with 2 epochs in which the levels of a block move together; continued: tuned, on as many rows more that the dense
 model writes, from the first 16 tokens of each; qad: after tuned, 3 epochs toward the dense model's answers, on
-the same rows, in which all parameters train (no peer's do). --model FOLDER --name NAME --length 256 --rows 64
---group 32 measures another model (DeepSeek-V3: read its KL, its perplexity gap is within noise at 4 bits);
+the same rows, in which all parameters train (no peer's do); scales: after continued, 2 epochs toward the dense
+model's answers on the rows of text, in which scales and norms train alone. --model FOLDER --name NAME --length 256
+--rows 64 --group 32 measures another model (DeepSeek-V3: read its KL, its perplexity gap is within noise at 4 bits);
 --name minilm --group 128 --length 32 --rows 512 MiniLM on Rotten Tomatoes, fine-tuned as the quickstart recipe does:
 sentences of at least 32 tokens, cut there, to calibrate on, and the whole test split held out.
 Gaps are perplexity less the dense model's; intervals are a bootstrap over held-out sequences, the same draws for both
@@ -41,11 +42,12 @@ from hf_compress.evaluation.cost import machine_facts
 
 SCHEMES = ("w3", "w4", "nf4", "nf4-double", "w2", "w8", "int8")
 OURS, TUNED, CONTINUED = ("ours", "gptq"), ("ours", "gptq, tuned"), ("ours", "gptq, tuned, continued")
-DISTILLED, PLAIN = ("ours", "qad"), ("ours", "rtn")
+DISTILLED, SCALED, PLAIN = ("ours", "qad"), ("ours", "scales"), ("ours", "rtn")
 OPTIONS = {  # where not the defaults
     "gptq, tuned": {"epochs": 2},
     "gptq, tuned, continued": {"epochs": 2, "continuations": 1},
     "qad": {"start_epochs": 2},
+    "scales": {"start_epochs": 2, "continuations": 1},
 }
 PEERS = (("auto-round", ""), ("llm-compressor", ""), ("optimum", ""), ("torchao", ""))
 DENSE_EXPERTS = ("optimum", "torchao")  # they leave stacked experts as they are: no comparison where a model has them
@@ -97,6 +99,15 @@ def called(library: str, method: str, scheme: str, seed: int) -> str:
     return f"{library}-{method.replace(', ', '-')}-{scheme}-{seed}"
 
 
+def read_by(library: str, method: str, scheme: str, seed: int, args: argparse.Namespace) -> int:
+    """The seed of the arm that stands for this one: what reads no text runs once."""
+    if library != "torchao" and (library, method) != PLAIN:
+        return seed
+    names = {each: called(library, method, scheme, each) for each in args.seeds}
+    done = (s for s, n in names.items() if n in args.kept or (args.output / f"{args.name}-{n}.json").exists())
+    return next(done, args.seeds[0])
+
+
 def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namespace) -> Run | None:
     name = called(library, method, scheme, seed)
     out = args.output / f"{args.name}-{name}.json"
@@ -124,7 +135,7 @@ def arm(library: str, method: str, scheme: str, seed: int, args: argparse.Namesp
 
 def compared(runs: dict[tuple[str, tuple[str, str]], dict[int, Run]], scheme: str) -> list[dict[str, Any]]:
     figures = []
-    for us, peer in product((OURS, TUNED, CONTINUED, DISTILLED), (*PEERS, PLAIN)):
+    for us, peer in product((OURS, TUNED, CONTINUED, DISTILLED, SCALED), (*PEERS, PLAIN)):
         ours, theirs = runs.get((scheme, us), {}), runs.get((scheme, peer), {})
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
@@ -164,6 +175,7 @@ def main() -> None:
         "--continued", nargs="*", default=["w3", "w4"], help="schemes to measure with rows that the model writes too"
     )
     parser.add_argument("--distilled", nargs="*", default=["w3"], help="schemes to measure with qad (text)")
+    parser.add_argument("--scaled", nargs="*", default=["w3", "w4"], help="schemes to measure with scales (text)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", type=Path, help="a causal model's folder; none = SmolLM2-135M")
     parser.add_argument("--name", default="smollm2")
@@ -191,7 +203,7 @@ def main() -> None:
     args.seeds = sorted({*args.seeds, *(run["seed"] for run in args.kept.values())})
     if args.name == "minilm":
         args.model = write_sentences(args.output, args.tokens, length=args.length, rows=args.rows)
-        args.continued = args.distilled = []
+        args.continued = args.distilled = args.scaled = []
     args.model = args.model or smollm2(args.output / "smollm2")
     if not args.tokens.exists():
         write_tokens(args.model, args.tokens, length=args.length, rows=args.rows, held=args.held)
@@ -205,9 +217,10 @@ def main() -> None:
                 else []
             )
             asked = ((TUNED, args.tuned), (CONTINUED, args.continued), (DISTILLED, args.distilled))
+            asked += ((SCALED, args.scaled),)
             more = [who for who, some in asked if scheme in some]
             for library, method in (PLAIN, OURS, *peers, *more):
-                one = arm(library, method, scheme, seed, args)
+                one = arm(library, method, scheme, read_by(library, method, scheme, seed, args), args)
                 if one is not None:
                     runs.setdefault((scheme, (library, method)), {})[seed] = one
     named = {f"{scheme} {' '.join(who).strip()}": list(some.values()) for (scheme, who), some in runs.items()}
@@ -217,11 +230,11 @@ def main() -> None:
         | {"dense": math.exp(mean(first["dense_nll"]))}
     }
     arms = args.kept | {
-        called(library, method, scheme, seed): {
+        called(library, method, scheme, run["seed"]): {
             key: " ".join(f"{x:.6g}" for x in value) if key in ROWS else value for key, value in run.items()
         }
         for (scheme, (library, method)), some in runs.items()
-        for seed, run in some.items()
+        for run in some.values()
     }
     held = f"{args.held} x {args.length} held out"
     elsewhere = {run["machine"] for run in arms.values()} - {args.machine}

@@ -199,6 +199,9 @@ def test_citations_follow_the_methods() -> None:
     assert "magnitude" not in papers(facts)  # held under a constant schedule: it chose nothing
     facts["stages"][1]["facts"]["techniques"]["Pruning"]["schedule"] = "cubic"
     assert "han2015learning" in bibtex(facts)
+    facts["stages"][1]["facts"]["techniques"]["QAT"] = {"method": "scales", "start": "gptq"}
+    assert "chen2024efficientqat" in bibtex(facts)
+    assert "frantar2022gptq" in bibtex(facts)
 
 
 def test_entries_are_whole() -> None:
