@@ -239,6 +239,39 @@ def test_streamed_checkpoint_equals_memory(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_codes_that_were_tuned_are_the_same_streamed_and_after_a_kill(name: str, tmp_path: Path) -> None:
+    source, solver = tmp_path / "source", solvers["gptq"](grid=Grid(3, 32), epochs=1)
+    tiny(name, num_hidden_layers=3).save_pretrained(source)
+
+    def opened(folder: Path) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+
+    def in_memory() -> tuple[PreTrainedModel, OneshotReport]:
+        model = opened(source)
+        return model, compress_blocks(model, batches(), solver, resume_dir=tmp_path / "blocks")
+
+    model = opened(source)
+    report = compress_blocks(model, batches(), solver)
+    for kind, run in (
+        (InMemory, in_memory),
+        (_Streamed, lambda: compress_checkpoint(source, tmp_path / "t", batches(), solver)),
+    ):
+        load, kill = kind.load, pytest.MonkeyPatch()
+        with kill.context() as patch:
+            patch.setattr(kind, "load", lambda self, block, load=load: load(self, block) if block < 2 else 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run()
+        again, found = run()
+        if kind is InMemory:
+            assert found.scales.keys() == report.scales.keys()
+            assert all(torch.equal(found.scales[key], scale) for key, scale in report.scales.items())
+        else:
+            again = opened(tmp_path / "t")
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0, msg=f"{kind.__name__} {key}")
+
+
 def test_streaming_holds_one_block_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny("deepseek_v3", num_hidden_layers=4).save_pretrained(tmp_path / "source")
     live, solved = [], []
