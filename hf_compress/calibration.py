@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hf_compress.data import Prepared
 from hf_compress.errors import CompressError
 from hf_compress.precision import quick_copy
-from hf_compress.writing import write
+from hf_compress.writing import bytes_held, write
 
 Batch = dict[str, Tensor]
 PROMPT = 16  # tokens of a row, half of it at most, that the model goes on with
@@ -84,8 +84,7 @@ def with_continuations(
     prompts = [row[: min(PROMPT, len(row) // 2)].to(model.device) for row in rows] * times
     room = [len(row) - len(prompt) for row, prompt in zip(rows * times, prompts, strict=True)]
     writer, made = quick_copy(model), list[Tensor]()
-    together = _together(writer, rows * times)
-    groups = [slice(at, at + together) for at in range(0, len(prompts), together)]
+    groups = _goes(writer, prompts, max(map(len, rows)))
     with tqdm(total=sum(max(room[g]) for g in groups), desc="the model writes text", unit=" positions") as bar:
         for number, g in enumerate(groups):
             new = write(writer, prompts[g], room[g], seed=seed * 1_000_003 + number, ends=False, bar=bar)
@@ -108,17 +107,17 @@ def rows_of(batches: list[Batch]) -> list[Tensor]:
     return [ids[real] for b in batches for ids, real in zip(b["input_ids"], b["attention_mask"].bool(), strict=True)]
 
 
-def _together(model: PreTrainedModel, rows: list[Tensor]) -> int:
-    """Rows that are written in one go, as their keys and values are in memory: as few goes as that leaves, of like
-    size (a go of two rows takes nearly as long as one of twenty)."""
-    config: Any = model.config.get_text_config()
-    heads, width = config.num_attention_heads, config.hidden_size
-    if not getattr(config, "kv_lora_rank", None):  # a latent is narrower than the hidden state
-        head = getattr(config, "head_dim", None) or width // heads
-        width = head * (getattr(config, "num_key_value_heads", None) or heads)
-    token = 2 * config.num_hidden_layers * width * model.dtype.itemsize
-    most = int(max(1, KEPT // (token * max(map(len, rows)))))
-    return math.ceil(len(rows) / math.ceil(len(rows) / most))
+def _goes(writer: PreTrainedModel, prompts: list[Tensor], longest: int) -> list[slice]:
+    """Which of `prompts` are written in one go, until rows are `longest`: as few goes as their keys and values leave,
+    of like size (a go of two rows takes nearly as long as one of twenty)."""
+    training = writer.training
+    with torch.no_grad():
+        cache = writer.eval()(input_ids=prompts[0][None], use_cache=True).past_key_values
+    writer.train(training)
+    row = bytes_held(cache) / len(prompts[0]) * longest
+    count = math.ceil(len(prompts) / max(1, KEPT // max(1, row)))
+    ends = [len(prompts) * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(ends)]
 
 
 def _batches(rows: list[Tensor], like: list[Batch]) -> list[Batch]:

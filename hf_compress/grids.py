@@ -210,10 +210,11 @@ def fake_quantize_lsq(matrix: Tensor, scale: Tensor, grid: Grid, zero: Tensor | 
     return found
 
 
-def at_scale(levels: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    """`from_codes`, (out, in), with the gradient for the scales (out, groups), d out / d s = level - zero, summed over
-    each group; no other. It keeps for that no more than `out`, which whoever multiplies with it keeps too."""
-    found: Tensor = _AtScale.apply(levels, scale, zero)  # type: ignore[no-untyped-call]
+def at_scale(matrix: Tensor, first: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None = None) -> Tensor:
+    """The levels on which `matrix` (out, in) stands at the scales `first`, at other scales (both (out, groups)):
+    (level - zero) * s, with the gradient d out / d s = level - zero = w / first, summed over each group; no other. It
+    keeps nothing for it but what it is given."""
+    found: Tensor = _AtScale.apply(matrix, first, scale, grid, zero)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -261,16 +262,15 @@ class _Learned(torch.autograd.Function):
 
 class _AtScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, levels: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        out = from_codes(levels, scale, zero)
-        ctx.save_for_backward(out, scale)
-        return out
+    def forward(ctx: Any, matrix: Tensor, first: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None) -> Tensor:
+        ctx.save_for_backward(matrix, first)
+        return from_codes(codes(matrix, first, grid, zero), scale, zero)
 
     @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> tuple[None, Tensor, None]:
-        out, scale = ctx.saved_tensors
-        steps = (gradient[0].float() * out.float()).unflatten(1, (scale.shape[1], -1)).sum(-1)
-        return None, (steps / scale.float()).to(scale.dtype), None
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[None, None, Tensor, None, None]:
+        matrix, first = ctx.saved_tensors
+        steps = (gradient[0].float() * matrix.float()).unflatten(1, (first.shape[1], -1)).sum(-1)
+        return None, None, (steps / first.float()).to(first.dtype), None, None
 
 
 def searched_scales(matrix: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:

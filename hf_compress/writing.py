@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 
 @torch.no_grad()
@@ -84,3 +84,16 @@ class _Moving(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         self.bar.update()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def bytes_held(cache: Cache) -> int:
+    """Of the keys and values in it, or of whatever stands for them."""
+    return _bytes([vars(layer) for layer in cache.layers])
+
+
+def _bytes(held: Any) -> int:
+    """Of all tensors in nested lists, tuples and dicts."""
+    if isinstance(held, Tensor):
+        return held.numel() * held.element_size()
+    inside = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ()
+    return sum(_bytes(each) for each in inside)

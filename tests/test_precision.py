@@ -1,14 +1,10 @@
 """bfloat16 only where it multiplies faster, and only of what bears it."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_compress import grouped_attention, precision
-from hf_compress.grouped_attention import use_grouped
+from hf_compress import precision
+from hf_compress.grouped_attention import NAME
 from hf_compress.precision import quick_copy
 from tests.models import tiny
 
@@ -38,6 +34,7 @@ def test_a_quick_copy_has_short_parameters_and_all_else_as_it_was(name: str) -> 
     before = {key: value.clone() for key, value in model.state_dict().items()}
     short = quick_copy(model)
     assert short is not model
+    assert (short.config._attn_implementation, model.config._attn_implementation) == (NAME, "sdpa")
     for (key, ours), theirs in zip(short.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs.to(torch.bfloat16)), key
     for (key, ours), theirs in zip(short.named_buffers(), model.buffers(), strict=True):
@@ -49,39 +46,6 @@ def test_a_quick_copy_has_short_parameters_and_all_else_as_it_was(name: str) -> 
     ids = torch.arange(3, 19)[None]
     with torch.no_grad():
         assert (short(ids).logits.float() - model(ids).logits).norm() < 0.05 * model(ids).logits.norm()
-
-
-@pytest.mark.parametrize("left", [0, 3], ids=["", "padded"])
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_heads_that_share_keys_attend_as_they_did(name: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read at once, then position by position; only what is one new position without padding is computed by it."""
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    plain, packed, passed = tiny(name, **heads), tiny(name, **heads), list[int]()
-    use_grouped(packed)
-
-    def counted(module: nn.Module, query: torch.Tensor, *args: Any, **others: Any) -> Any:
-        passed.append(query.shape[2])
-        return sdpa_attention_forward(module, query, *args, **others)
-
-    monkeypatch.setattr(grouped_attention, "sdpa_attention_forward", counted)
-    ids = torch.randint(3, 128, (2, 14), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[0, :left] = 0
-    found = []
-    for model in (plain, packed):
-        for layer in model.model.layers:
-            layer.self_attn.scaling = 0.5
-        with torch.no_grad():
-            out = model(ids[:, :10], attention_mask=mask[:, :10])
-            steps = [out.logits]
-            for at in range(10, 14):
-                out = model(ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=out.past_key_values)
-                steps.append(out.logits)
-        found.append(torch.cat(steps, 1)[:, left:])
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
-    assert sorted(set(passed)) == ([1, 10] if left else [10])
-    assert quick_copy(plain).config._attn_implementation == packed.config._attn_implementation
-    assert plain.config._attn_implementation == "sdpa"
 
 
 def test_what_gains_nothing_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,9 +109,9 @@ def test_what_was_written_is_kept_and_is_of_its_rows(tmp_path: Path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["text.safetensors"]
 
 
-@pytest.mark.parametrize(("family", "values"), [("llama", 32), ("gpt2", 64), ("deepseek_v3", 64)])
+@pytest.mark.parametrize(("family", "values"), [("llama", 2 * 32), ("gpt2", 2 * 64)])
 def test_rows_are_written_in_few_goes_of_like_size(family: str, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five rows of 40 fit, and of six three are written twice. values: keys of a token in a layer."""
+    """Five rows of 40 fit. values: keys and values of a token in one of two layers."""
     model, asked = tiny(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 2}), list[int]()
 
     def counted(writer: object, prompts: list[torch.Tensor], *args: object, **options: object) -> list[torch.Tensor]:
@@ -120,10 +120,16 @@ def test_rows_are_written_in_few_goes_of_like_size(family: str, values: int, mon
 
     monkeypatch.setattr(calibration, "write", counted)
     monkeypatch.setattr(calibration, "quick_copy", lambda model: model)
-    monkeypatch.setattr(calibration, "KEPT", 5 * 40 * 2 * 2 * values * 4)
-    ids = torch.arange(6 * 40).view(6, 40) % 100 + 3
-    with_continuations(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], 1)
-    assert asked == [3, 3]
+    monkeypatch.setattr(calibration, "KEPT", 5 * 40 * 2 * values * 4)
+    ids = torch.arange(11 * 40).view(11, 40) % 100 + 3
+    model.train()
+    before = torch.get_rng_state()
+    for rows, goes in ((5, [5]), (6, [3, 3]), (11, [3, 4, 4])):
+        asked.clear()
+        with_continuations(model, [{"input_ids": ids[:rows], "attention_mask": torch.ones_like(ids[:rows])}], 1)
+        assert asked == goes
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_seed_decides() -> None:

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, Quanti
 from hf_compress.calibration import rows_of, writes_nothing
 from hf_compress.errors import CompressError, require
 from hf_compress.stages.base import Done, Stage, Work, refuse_late
+from hf_compress.writing import bytes_held
 
 GROUPS = (64, 32, 16, 8)  # values of one head that share a scale: the largest that divides it
 DRAWN, READ, LONGEST = 64, 4, 512  # of so many rows of text the longest are read, up to so many tokens each
@@ -145,7 +146,7 @@ def cost(model: PreTrainedModel, rows: list[Tensor], settings: Mapping[str, Any]
             kept, dense = QuantizedCache(config=model.config, **settings), DynamicCache(config=model.config)
             for i, cache in enumerate((kept, dense)):
                 model(ids[:, :half], past_key_values=cache, use_cache=True)
-                sizes[i] += _bytes([vars(layer) for layer in cache.layers])
+                sizes[i] += bytes_held(cache)
             for token, target in zip(ids[0, half:], wanted, strict=True):
                 answer = model(token[None, None], past_key_values=kept, use_cache=True).logits[0, 0].float()
                 loss += float(F.kl_div(answer.log_softmax(-1), target, reduction="sum", log_target=True))
@@ -163,11 +164,3 @@ def cost(model: PreTrainedModel, rows: list[Tensor], settings: Mapping[str, Any]
         "kl": loss / positions,
         "positions": positions,
     }
-
-
-def _bytes(held: Any) -> int:
-    """Of all tensors in nested lists, tuples and dicts."""
-    if isinstance(held, Tensor):
-        return held.numel() * held.element_size()
-    inside = held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ()
-    return sum(_bytes(each) for each in inside)

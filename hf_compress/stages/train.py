@@ -27,6 +27,7 @@ from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.distillation_options import check_task_weight
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
+from hf_compress.techniques.qat_options import check_beside
 from hf_compress.trainer import CompressionTrainer
 from hf_compress.weights import KINDS, weights
 
@@ -106,6 +107,8 @@ class Train(Stage):
         for technique in self.techniques:
             try:
                 technique.check()
+                if technique is self.qat:
+                    check_beside(self.qat, pruned=self.prune is not None, adapted=self.lora is not None)
             except CompressError as error:
                 raise CompressError(
                     error.what, where=f"{where}: {error.where}".rstrip(": "), next_step=error.next_step
@@ -188,13 +191,16 @@ class Train(Stage):
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
+        scales = next((t.scales for t in techniques if isinstance(t, QAT)), {})
         trained = [
             w.name
             for w in weights(model, KINDS)
-            if not any(re.search(p, w.name) for p in self.freeze)
-            and (self.lora is None or any(name.endswith(w.module_name) for name in adapted))
+            if w.name in scales
+            or (
+                not any(re.search(p, w.name) for p in self.freeze)
+                and (self.lora is None or any(name.endswith(w.module_name) for name in adapted))
+            )
         ]
-        scales = next((t.scales for t in techniques if isinstance(t, QAT)), {})
         return Done(model.eval(), facts, coverage(model, trained), quantized=work.quantized, scales=scales)
 
     @staticmethod

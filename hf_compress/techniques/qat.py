@@ -24,7 +24,7 @@ from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.inputs import Inputs
 from hf_compress.techniques.lora import check_teacher, merge_in_forward
 from hf_compress.techniques.pruning import Pruning
-from hf_compress.techniques.qat_options import check_adapted, check_options, notes
+from hf_compress.techniques.qat_options import check_beside, check_options, notes
 from hf_compress.techniques.rounding import Rounding
 from hf_compress.techniques.schedule import steps_in_epoch, steps_of
 from hf_compress.techniques.shadows import Change, shadow
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class QAT(Technique):
     """``QAT(bits=4, group_size=32)``: every forward sees rounded weights, the gradient passes straight through to the
-    real ones.
+    real ones (of ``method="scales"`` to their scales alone).
 
     Rounded tensors stand where modules read their weights, so the state_dict stays plain. With LoRA it is W + BA that
     is rounded, and train() ends with the adapters merged. `finalize` leaves the rounded values in the weights and
@@ -66,9 +66,7 @@ class QAT(Technique):
     )
     scale_start: str = field(
         default="search",
-        metadata={
-            "help": "lsq and scales begin with scales of least squared error (search), or with its paper's (mean)"
-        },
+        metadata={"help": "lsq begins with scales of least squared error (search), or with its paper's (mean)"},
     )
     start: str = field(
         default="dense",
@@ -155,16 +153,11 @@ class QAT(Technique):
         parts = self._parts(model)
         everything = [weight for several in parts for weight in several]
         self._adapted = merge_in_forward(model, everything, where="qat")
-        if self._adapted:
-            check_adapted(self)
         learn, fixed = self.method != "ste", self.method == "scales"
         self._weights = everything
         self._roundings = [
             Rounding(several, self.grid, learn=learn, fixed=fixed, start=self.scale_start) for several in parts
         ]
-        self._resting = [several[0].whole for several in parts if fixed and several[0].whole.requires_grad]
-        for whole in self._resting:
-            whole.requires_grad_(False)
         self._scales: dict[str, Tensor] | None = None
         self._on, self._first, self._freeze, self._read = False, 0, -1, 0
         modules: dict[nn.Module, dict[str, tuple[str, Change]]] = defaultdict(dict)
@@ -176,8 +169,6 @@ class QAT(Technique):
                 layer.changes.append(change)
         self._hooks = [hook for module, changes in modules.items() for hook in shadow(module, changes)]
         self._inputs = self._watched()
-        if self.begin == 0 and self.start == "dense":
-            self._start()
 
     def _parts(self, model: nn.Module) -> list[list[Weight]]:
         """The weights to round, those of one parameter together."""
@@ -226,12 +217,7 @@ class QAT(Technique):
 
     def prepare(self, trainer: CompressionTrainer) -> None:
         check_teacher(trainer.techniques, self._weights, self._adapted, where="qat")
-        if self.method == "scales" and any(isinstance(t, Pruning) for t in trainer.techniques):
-            raise CompressError(
-                "the weights stay as they begin, and pruning would choose among them as they train",
-                where="qat.method",
-                next_step="prune in a stage before (its zeros stay), or method: lsq",
-            )
+        check_beside(self, pruned=any(isinstance(t, Pruning) for t in trainer.techniques), adapted=bool(self._adapted))
         if self._inputs is not None and any(
             isinstance(t, Distillation) and t.learns_from_base for t in trainer.techniques
         ):
@@ -243,6 +229,12 @@ class QAT(Technique):
         self._trainer = trainer
         for rounding in self._roundings:
             rounding.to(trainer.args.device)
+        wholes = [rounding.parts[0].whole for rounding in self._roundings] if self.method == "scales" else []
+        self._resting = [whole for whole in wholes if whole.requires_grad]
+        for whole in self._resting:
+            whole.requires_grad_(False)
+        if self.begin == 0 and self.start == "dense":
+            self._start()
 
     def parameters(self) -> list[nn.Parameter]:
         return [rounding.theta for rounding in self._roundings if rounding.theta is not None]

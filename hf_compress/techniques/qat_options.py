@@ -38,7 +38,7 @@ def check_options(options: QAT) -> None:
             raise CompressError(f"{given!r} is no whole number", where=f"qat.{key}", next_step="leave out quotes")
     number, unit = parse_when(options.begin, where="qat.begin")
     frozen = None if options.freeze_after is None else parse_when(options.freeze_after, where="qat.freeze_after")
-    acts, solved = options.activations, options.start == "gptq"
+    acts, solved, fixed = options.activations, options.start == "gptq", options.method == "scales"
     wrong = {
         (f"{options.bits} bits are not between 2 and 8", "bits"): not 2 <= options.bits <= 8,
         (f"{options.kind} has 4 bits", "bits"): options.kind in ("nf4", "fp4") and options.bits != 4,
@@ -48,8 +48,11 @@ def check_options(options: QAT) -> None:
         ("ranges are of activations, and those are not rounded", "ranges"): acts is None and options.ranges != "token",
         (f"{options.percentile} is no percentage above 50", "percentile"): not 50 < options.percentile <= 100,
         ("it begins where the run ends", "begin"): (number, unit) == (1, "share"),
-        ("what `method: scales` trains is there from the first step", "begin"): options.method == "scales"
-        and number != 0,
+        ("`method: scales` chooses codes where training begins; leave begin out", "begin"): fixed and number != 0,
+        ("`method: scales` trains nothing of them that could freeze; leave freeze_after out", "freeze_after"): fixed
+        and frozen is not None,
+        ("codes that stay would stay at scales that are to be learned", "scale_start"): fixed
+        and options.scale_start != "search",
         ("the ranges freeze before rounding begins", "freeze_after"): frozen is not None
         and frozen[1] == unit
         and frozen[0] <= number,
@@ -73,19 +76,25 @@ def check_options(options: QAT) -> None:
             raise CompressError(what, where=f"qat.{where}", next_step="see `hf-compress list qat`")
 
 
-def check_adapted(options: QAT) -> None:
-    """Raise a CompressError for what would act on the base of LoRA adapters alone, where what is rounded is W + BA."""
-    if options.start == "gptq":
+def check_beside(options: QAT, *, pruned: bool, adapted: bool) -> None:
+    """Raise a CompressError for what does not go together with pruning, or LoRA adapters, in one run."""
+    if adapted and options.start == "gptq":
         raise CompressError(
             "gptq would round the base of the adapters, and what trains is W + BA",
             where="qat.start",
             next_step="train whole weights, or leave start out",
         )
-    if options.method == "scales":
+    if adapted and options.method == "scales":
         raise CompressError(
             "adapters would move W + BA off the codes, and those stay",
             where="qat.method",
             next_step="method: lsq, or train without lora",
+        )
+    if pruned and options.method == "scales":
+        raise CompressError(
+            "the weights stay as they begin, and pruning would choose among them as they train",
+            where="qat.method",
+            next_step="prune in a stage before (its zeros stay), or method: lsq",
         )
 
 

@@ -12,7 +12,6 @@ from hf_compress.errors import CompressError
 from hf_compress.grids import (
     Grid,
     at_scale,
-    codes,
     fake_quantize_lsq,
     fake_quantize_ste,
     first_scales,
@@ -108,8 +107,7 @@ class Rounding:
             return self._as_stored(fake_quantize_ste(rows, self.grid))
         scale, zero = self._scale(rows)
         if self._fixed:
-            levels = codes(rows.detach(), self._kept["first"], self.grid, zero)
-            return self._as_stored(at_scale(levels, scale, zero))
+            return self._as_stored(at_scale(rows.detach(), self._kept["first"], scale, self.grid, zero))
         return self._as_stored(fake_quantize_lsq(rows, scale, self.grid, zero))
 
     def _as_stored(self, rows: Tensor) -> Tensor:
@@ -142,7 +140,7 @@ class Rounding:
         given = dict(state)
         theta, table, device = given.pop("theta", None), given.pop("table", None), self.parts[0].whole.device
         ours = None if self.theta is None else self.theta.shape
-        if ours != (None if theta is None else theta.shape):
+        if ours != (None if theta is None else theta.shape) or ("first" in given) != self._fixed:
             raise CompressError(
                 "the scales of the checkpoint are not those of this run's grid",
                 where=self.name,

@@ -223,7 +223,10 @@ def main() -> None:
                 one = arm(library, method, scheme, read_by(library, method, scheme, seed, args), args)
                 if one is not None:
                     runs.setdefault((scheme, (library, method)), {})[seed] = one
-    named = {f"{scheme} {' '.join(who).strip()}": list(some.values()) for (scheme, who), some in runs.items()}
+    named = {  # what reads no text ran once for all seeds
+        f"{scheme} {' '.join(who).strip()}": list({run["seed"]: run for run in some.values()}.values())
+        for (scheme, who), some in runs.items()
+    }
     first = next(run for some in named.values() for run in some)
     measured = {
         "perplexity": {key: [math.exp(mean(run["nll"])) for run in some] for key, some in named.items()}

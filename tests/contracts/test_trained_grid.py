@@ -262,6 +262,21 @@ def test_a_dtype_that_casts_what_was_trained_is_refused_before_any_work(tmp_path
     require_possible(parse(made))
 
 
+def test_a_stage_that_trains_scales_alone_has_touched_what_it_rounded(tmp_path: Path) -> None:
+    qat = FROM_GPTQ | {"method": "scales", "bits": 3, "group_size": 32, "samples": 8}
+    made = recipe(tmp_path, qat, CT | {"bits": 3, "group_size": 32}, "deepseek_v3")
+    made["stages"][0]["train"] |= {"freeze": ["."], "task_weight": 0}
+    facts = compress(parse(made), tmp_path / "out").facts
+    assert [stage["coverage"]["share"] for stage in facts["stages"]] == [1.0, 1.0]
+    dense, after = (load_file(path / "model.safetensors") for path in (tmp_path / "model", tmp_path / "out"))
+    kept = [key for key in dense if key in after]
+    assert "model.norm.weight" in kept
+    assert all(torch.equal(dense[key], after[key]) for key in kept)
+    for beside in ({"lora": {"r": 4}}, {"prune": {"sparsity": 0.5}}):
+        with pytest.raises(CompressError, match=r"what trains is W \+ BA|stay as they begin"):
+            parse(made | {"stages": [{"train": made["stages"][0]["train"] | beside}]})
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_scales_in_bfloat16_are_what_bitsandbytes_finds(kind: str, tmp_path: Path) -> None:
     options = LEARNED | {"kind": kind, "group_size": 64}

@@ -41,7 +41,6 @@ EVERY = {
     "offset": {"kind": "uint", "bits": 4, "group_size": 32, "method": "lsq"},
     "scales": {"bits": 3, "group_size": 32, "method": "scales"},
     "scales, offset": {"kind": "uint", "bits": 4, "group_size": 32, "method": "scales"},
-    "scales, frozen": {"bits": 4, "group_size": 32, "method": "scales", "freeze_after": 1},
 }
 FULL = {"bits": 4, "group_size": 32, "method": "lsq", "activations": 8, "ranges": "percentile"}
 
@@ -163,7 +162,7 @@ def test_where_scales_alone_train_a_level_is_their_slope(kind: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         out = rounding(weight.whole)
     large = [tensor for tensor in kept if tensor.numel() >= out.numel()]
-    assert [tensor.data_ptr() for tensor in large] == [out.data_ptr()]  # not its levels beside it
+    assert [tensor.data_ptr() for tensor in large] == [weight.whole.data_ptr()]  # no copy of it, nor its levels
     torch.testing.assert_close(out, before, rtol=1e-6, atol=1e-8)  # begin left it on its grid
     (out * upstream).sum().backward()
     expected = (before * upstream).unflatten(1, (-1, 64)).sum(-1) / (64 * 7) ** 0.5
@@ -179,14 +178,17 @@ SCALES = {"bits": 3, "group_size": 32, "method": "scales", "start": "gptq", "sam
 
 
 @pytest.mark.parametrize(
-    "options", [SCALES, {"kind": "nf4", "group_size": 64, "method": "scales"}], ids=["int", "nf4"]
+    ("options", "args"),
+    [(SCALES, {}), (SCALES, {"bf16": True}), ({"kind": "nf4", "group_size": 64, "method": "scales"}, {})],
+    ids=["int", "bf16", "nf4"],
 )
-def test_scales_alone_train_and_codes_stay(options: dict, tmp_path: Path) -> None:
+def test_scales_alone_train_and_codes_stay(options: dict, args: dict, tmp_path: Path) -> None:
     model = tiny("deepseek_v3", num_hidden_layers=2)
     zero = weights(model)[0].matrix[:, :3]
     zero.zero_()
+    weights(model)[1].whole.requires_grad_(False)  # whoever froze it finds it frozen
     qat = QAT(**options)
-    run = trainer(model, tmp_path, [qat], max_steps=3, learning_rate=1e-2)
+    run = trainer(model, tmp_path, [qat], max_steps=3, learning_rate=1e-2, **args)
     assert not any(w.whole.requires_grad for w in weights(model))
     begun, norm = list[tuple[torch.Tensor, torch.Tensor]](), model.model.norm.weight.detach().clone()
 
@@ -207,7 +209,7 @@ def test_scales_alone_train_and_codes_stay(options: dict, tmp_path: Path) -> Non
     assert moved > 0
     assert (zero == 0).all()
     assert not torch.equal(model.model.norm.weight, norm)
-    assert all(w.whole.requires_grad for w in weights(model))
+    assert [w.whole.requires_grad for w in weights(model)][:3] == [True, False, True]
 
 
 def test_scales_neither_vanish_nor_change_sign(tmp_path: Path) -> None:
@@ -286,8 +288,9 @@ def test_accumulation_equals_one_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(four, one, atol=2e-5, rtol=1e-3)
 
 
-def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
-    torch.testing.assert_close(trained(tmp_path, FULL, activation_checkpointing=True), trained(tmp_path, FULL))
+@pytest.mark.parametrize("options", [FULL, SCALES], ids=["full", "scales"])
+def test_recomputed_activations_change_nothing(options: dict, tmp_path: Path) -> None:
+    torch.testing.assert_close(trained(tmp_path, options, activation_checkpointing=True), trained(tmp_path, options))
 
 
 @pytest.mark.parametrize("options", ["FULL", "GPTQ", "SCALES"])
@@ -307,6 +310,7 @@ FROM_GPTQ = {
     "nf4": {"kind": "nf4", "group_size": 64, "start": "gptq", "samples": 16},
     "nf4, tuned": {"kind": "nf4", "group_size": 64, "start": "gptq", "samples": 16, "start_epochs": 1},
     "scales": SCALES,
+    "scales, tuned": SCALES | {"start_epochs": 2},
 }
 
 
@@ -369,7 +373,7 @@ RESUMED = {
     "learned": FULL | {"begin": "2 steps", "freeze_after": "4 steps"},
     "from gptq": GPTQ | {"begin": "2 steps"},
     "codebook": {"kind": "codebook", "bits": 3, "freeze_after": "3 steps", "activations": 8},
-    "scales": SCALES | {"freeze_after": "4 steps"},
+    "scales": SCALES,
 }
 
 
@@ -391,9 +395,11 @@ def test_resumed_at_any_step_equals_uninterrupted(options: dict, tmp_path: Path)
             assert torch.equal(resumed.techniques[0].scales[name], scale)
         assert resumed.techniques[0].facts() == whole.techniques[0].facts()
     learned = {"method": "lsq", "bits": 4, "group_size": 16, "kind": "int"}
-    other = trainer(tiny("llama", **SMALL), tmp_path, [QAT(**(options | learned))])
-    with pytest.raises(CompressError, match="not those of this run"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()  # as save_only_model leaves it
+    for changed in (learned, {"method": "lsq"}) if options.get("method") == "scales" else (learned,):
+        other = trainer(tiny("llama", **SMALL), tmp_path, [QAT(**(options | changed))])
+        with pytest.raises(CompressError, match="not those of this run"):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
@@ -426,7 +432,9 @@ def test_checkpointed_training_moves_the_real_weights(tmp_path: Path) -> None:
         ("llama", GPTQ | {"method": "ste"}, "lsq and scales keep them"),
         ("llama", GPTQ | {"kind": "codebook"}, "no form for codebook"),
         ("llama", GPTQ | {"scale_start": "mean"}, "would do nothing"),
-        ("llama", {"method": "scales", "begin": 0.5}, "from the first step"),
+        ("llama", {"method": "scales", "begin": 0.5}, "leave begin out"),
+        ("llama", {"method": "scales", "freeze_after": 0.5}, "leave freeze_after out"),
+        ("llama", {"method": "scales", "scale_start": "mean"}, "codes that stay"),
         ("llama", GPTQ | {"samples": 0}, "none to calibrate on"),
         ("llama", {"samples": 64}, "only `start: gptq` reads rows"),
         ("llama", {"start_epochs": 2}, "passes of `start: gptq`"),
@@ -468,8 +476,12 @@ def test_what_moves_codes_is_refused_where_scales_alone_train(tmp_path: Path) ->
     student = get_peft_model(tiny("llama", **SMALL), LoraConfig(target_modules="all-linear", r=4))
     with pytest.raises(CompressError, match="adapters would move"):
         trainer(student, tmp_path, [QAT(method="scales")])
+    model = tiny("llama", **SMALL)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(CompressError, match="prune in a stage before"):
-        trainer(tiny("llama", **SMALL), tmp_path, [QAT(method="scales"), Pruning(0.5)])
+        trainer(model, tmp_path, [QAT(method="scales"), Pruning(0.5)])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_what_no_container_stores_is_said() -> None:
