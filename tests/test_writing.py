@@ -121,10 +121,10 @@ def test_rows_are_written_in_few_goes_of_like_size(family: str, values: int, mon
     monkeypatch.setattr(calibration, "write", counted)
     monkeypatch.setattr(calibration, "quick_copy", lambda model: model)
     monkeypatch.setattr(calibration, "KEPT", 5 * 40 * 2 * values * 4)
-    ids = torch.arange(11 * 40).view(11, 40) % 100 + 3
+    ids = torch.arange(21 * 40).view(21, 40) % 100 + 3
     model.train()
     before = torch.get_rng_state()
-    for rows, goes in ((5, [5]), (6, [3, 3]), (11, [3, 4, 4])):
+    for rows, goes in ((5, [5]), (6, [3, 3]), (21, [4, 4, 4, 4, 5])):
         asked.clear()
         with_continuations(model, [{"input_ids": ids[:rows], "attention_mask": torch.ones_like(ids[:rows])}], 1)
         assert asked == goes
