@@ -126,8 +126,8 @@ def run(model: nn.Module, folder: Path) -> Watch:
     return watch
 
 
-def same(ours: Watch, reference: Watch) -> None:
-    assert ours.losses == pytest.approx(reference.losses, rel=1e-5)
+def same(ours: Watch, reference: Watch, *, loss: float) -> None:
+    assert ours.losses == pytest.approx(reference.losses, rel=loss)
     for step, (a, b) in enumerate(zip(ours.gradients, reference.gradients, strict=True)):
         assert (a - b).norm() <= 1e-4 * b.norm(), f"step {step}"
 
@@ -143,7 +143,9 @@ def test_training_evaluating_saving_and_training_again_is_the_reference_path(sch
         torch.testing.assert_close(packed(IDS).logits, reference(IDS).logits, atol=1e-4, rtol=1e-4)
     ours = get_peft_model(prepare_model_for_kbit_training(packed, use_gradient_checkpointing=False), adapters)
     ours.load_state_dict({k: v for k, v in reference.state_dict().items() if "lora_" in k}, strict=False)
-    same(run(ours, tmp_path / "a"), run(reference, tmp_path / "b"))
+    # in evaluation int8 rounds activations: which way one in the middle goes is decided by a CPU's order of adding
+    loss = 1e-4 if scheme == "int8" else 1e-5
+    same(run(ours, tmp_path / "a"), run(reference, tmp_path / "b"), loss=loss)
 
     ours.save_pretrained(tmp_path / "adapters")
     ours.unload().save_pretrained(tmp_path / "two")  # after training and evaluation
@@ -153,7 +155,7 @@ def test_training_evaluating_saving_and_training_again_is_the_reference_path(sch
         assert torch.equal(saved, first), name
     packed = prepare_model_for_kbit_training(packed, use_gradient_checkpointing=False)
     ours = PeftModel.from_pretrained(packed, tmp_path / "adapters", is_trainable=True)
-    same(run(ours, tmp_path / "c"), run(reference, tmp_path / "d"))
+    same(run(ours, tmp_path / "c"), run(reference, tmp_path / "d"), loss=loss)
 
 
 @pytest.mark.usefixtures("repacking")
