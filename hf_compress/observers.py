@@ -117,7 +117,7 @@ def entropy(seen: Seen, bits: int) -> tuple[float, float]:
     covered = max(1.0, (seen.high - seen.low) * HALF / 2.0**seen.exponent)
     start = min(1.0, (1 << bits) / covered)
     for step in range(64):
-        share = start + (1 - start) * step / 63
+        share = min(1.0, start + (1 - start) * step / 63)  # the last may be rounded above 1
         low, high = share * seen.low, share * seen.high
         found = _divergence(seen, low, high, bits)
         if found <= least:

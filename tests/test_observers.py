@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -44,6 +44,7 @@ def test_any_order_split_or_merge_of_batches_gives_the_same(parts: list[Tensor],
 
 @quick
 @given(batches, st.integers(2, 8))
+@example([_values(26, 0, 26, "up")], 2)
 def test_ranges_hold_zero_and_lie_within_what_was_seen(parts: list[Tensor], bits: int) -> None:
     found = seen(*parts)
     assert min_max(found, bits) == percentile(found, bits, share=100.0)
