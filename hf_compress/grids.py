@@ -213,7 +213,10 @@ def fake_quantize_lsq(matrix: Tensor, scale: Tensor, grid: Grid, zero: Tensor | 
 def at_scale(matrix: Tensor, first: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None = None) -> Tensor:
     """The levels on which `matrix` (out, in) stands at the scales `first`, at other scales (both (out, groups)):
     (level - zero) * s, with the gradient d out / d s = level - zero = w / first, summed over each group; no other. It
-    keeps nothing for it but what it is given."""
+    keeps nothing for it but what it is given. zero: (out, groups), of grids that have one.
+
+    The second phase of EfficientQAT, Chen et al. 2024, https://arxiv.org/abs/2407.11062.
+    """
     found: Tensor = _AtScale.apply(matrix, first, scale, grid, zero)  # type: ignore[no-untyped-call]
     return found
 

@@ -41,7 +41,8 @@ def _gains(model: PreTrainedModel, device: str) -> bool:
 def quick_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of an fp32 model with parameters in bfloat16 to write text with, on a CPU where that is faster (writing
     waits for weights, and half as many bytes are read), else the model itself. Buffers stay fp32: with rotary
-    frequencies in bfloat16 the phase of position 512 would be off by .7 radians at a base of 100,000."""
+    frequencies in bfloat16 the phase of position 512 would be off by .7 radians at a base of 100,000. It attends by
+    `grouped_attention.grouped`."""
     device = model.device.type
     if device != "cpu" or getattr(model, "is_quantized", False) or not _gains(model, device):
         return model

@@ -216,9 +216,8 @@ def main() -> None:
                 if scheme in ("w2", "w3", "w4")
                 else []
             )
-            asked = ((TUNED, args.tuned), (CONTINUED, args.continued), (DISTILLED, args.distilled))
-            asked += ((SCALED, args.scaled),)
-            more = [who for who, some in asked if scheme in some]
+            asked = {TUNED: args.tuned, CONTINUED: args.continued, DISTILLED: args.distilled, SCALED: args.scaled}
+            more = [who for who, some in asked.items() if scheme in some]
             for library, method in (PLAIN, OURS, *peers, *more):
                 one = arm(library, method, scheme, read_by(library, method, scheme, seed, args), args)
                 if one is not None:
