@@ -25,7 +25,8 @@ from hf_compress.planning import plan
 from hf_compress.precision import bfloat16_is_fast
 from hf_compress.recipe import load, parse, shipped
 from hf_compress.stages import Train
-from hf_compress.stages.train import _last_whole_checkpoint, _logged_every
+from hf_compress.stages.interruption import last_whole_checkpoint
+from hf_compress.stages.train import _logged_every
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.trainer import CompressionTrainer
 from tests.models import CONFIGS, tiny
@@ -391,8 +392,8 @@ def test_a_checkpoint_that_was_being_written_is_not_resumed(decoder: dict[str, A
     for folder in (whole, half):
         folder.mkdir()
     (whole / "trainer_state.json").write_text("{}")
-    assert _last_whole_checkpoint(tmp_path) == str(whole)
-    assert _last_whole_checkpoint(tmp_path / "nowhere") is None
+    assert last_whole_checkpoint(tmp_path) == str(whole)
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_a_streamed_source_is_never_loaded_nor_opened_where_it_does_not_fit(

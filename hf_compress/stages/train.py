@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import signal
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_compress.coverage import coverage
 from hf_compress.data import Data, Rows, prepare
 from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.precision import bfloat16_is_fast
 from hf_compress.stages.base import Done, Stage, Work, refuse_late
+from hf_compress.stages.interruption import StopAfterSaving, last_whole_checkpoint
 from hf_compress.techniques import Technique
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.distillation_options import check_task_weight
@@ -148,7 +147,7 @@ class Train(Stage):
             arguments.logging_steps = _logged_every(arguments, rows)
         if arguments.bf16 and arguments.use_cpu and not bfloat16_is_fast("cpu"):
             work.say("  this CPU has no instructions for bfloat16: several times slower than args: {bf16: auto}")
-        stop = _StopAfterSaving()
+        stop = StopAfterSaving()
         trainer = CompressionTrainer(
             student,
             techniques=techniques,
@@ -160,7 +159,7 @@ class Train(Stage):
             processing_class=work.tokenizer,
             callbacks=[stop],
         )
-        earlier = _last_whole_checkpoint(work.folder / "trainer")
+        earlier = last_whole_checkpoint(work.folder / "trainer")
         if earlier is not None:
             work.say(f"  going on from {Path(earlier).name}")
         with stop:
@@ -324,36 +323,3 @@ def _kept_layers(work: Work, teacher: str) -> list[int]:
             next_step="use a list, uniform or last, or a teacher of this recipe from before the shrink stage",
         )
     return kept
-
-
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that holds trainer_state.json, which is written last: a run killed while it saved leaves
-    one without."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
-
-
-class _StopAfterSaving(TrainerCallback):
-    """Ctrl-C once: finish the step, save a checkpoint, stop; the same command resumes from it. Twice: stop at once."""
-
-    def __init__(self) -> None:
-        self.asked, self._before = False, signal.getsignal(signal.SIGINT)
-
-    def __enter__(self) -> None:
-        self._before = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, self._ask)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        control.should_save |= self.asked
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
