@@ -35,13 +35,13 @@ env = typer.Typer(
     help="Environments of their own, for libraries that cannot share this one: build, show, remove.",
 )
 app.add_typer(env, name="env")
-console = Console(width=None if sys.stdout.isatty() else 110)
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110, highlight=False)
 errors = Console(stderr=True)
 
 LISTS = (
     "losses, criteria, solvers, backends, families, techniques, stages or recipes; or a section of a recipe: model, "
     "data, evaluate, publish, distill, qat, prune-in-training, or a stage (shrink, prune, train, cache, quantize, "
-    "export); or one of the names, such as alps, or of the keys, such as group_size"
+    "export); or one of the names, such as alps, or of the keys, such as group_size; none = all of these names"
 )
 RecipeArgument = Annotated[
     str, typer.Argument(help="a recipe file, or the name of a shipped recipe (see `hf-compress list recipes`)")
@@ -74,7 +74,7 @@ def run(
             say=lambda text: console.print(f"[bold]> {text}[/bold]"),
         )
     except KeyboardInterrupt:  # caught here, since typer would end without a word
-        errors.print(f"\ninterrupted: run the same command again to go on (work so far: .{output.name}.work)")
+        errors.print(f"\ninterrupted: run the same command again to go on (work so far: {_work(output)})")
         raise typer.Exit(130) from None
     _show(result.facts)
     console.print(f"\ncard: {result.folder / 'README.md'}")
@@ -132,12 +132,19 @@ def verify(
     """Compare every file with its recorded hash, open the folder in a fresh process without hf_compress and compare
     its answers with those recorded, and its card with its facts."""
     from hf_compress.card import FACTS, differing_sections
-    from hf_compress.errors import CompressError
+    from hf_compress.errors import CompressError, did_you_mean
     from hf_compress.hub import fetch
     from hf_compress.remeasure import remeasure as measure
     from hf_compress.verification import verify as verify_folder
 
-    repo = None if Path(folder).exists() or folder.count("/") != 1 else folder
+    here = Path(folder).exists() or folder.count("/") != 1
+    if not here and (beside := Path(folder).parent).is_dir():
+        raise CompressError(
+            f"the folder {beside} holds no {Path(folder).name!r}",
+            where=folder,
+            next_step=did_you_mean(Path(folder).name, (path.name for path in beside.iterdir() if path.is_dir())),
+        )
+    repo = None if here else folder
     path = fetch(repo, revision=revision) if repo else Path(folder)
     for key, value in verify_folder(path)[str(path)].items():
         console.print(f"{key}: {value}", markup=False)
@@ -328,15 +335,18 @@ def env_remove(name: EnvironmentArgument) -> None:
 
 @app.command("list")
 def list_(
-    what: Annotated[
-        str,
-        typer.Argument(help=LISTS),
-    ],
+    what: Annotated[str | None, typer.Argument(help=LISTS)] = None,
 ) -> None:
     """Name, one line and paper of everything of a kind; keys, meaning and default of a section of a recipe; or what
     something of that name does and takes."""
-    from hf_compress.listing import explained, keys, listing
+    from hf_compress.listing import explained, keys, listing, overview
 
+    if what is None:
+        table = Table("what", "names", box=None)
+        for kind, names in overview():
+            table.add_row(kind, escape(names))
+        console.print(table)
+        return
     found = explained(what)
     for text in (paragraph for entry in found for paragraph in [*entry, ""]):
         console.print(Padding(escape(text.strip()), (0, 0, 0, len(text) - len(text.lstrip()))), highlight=False)
@@ -347,6 +357,10 @@ def list_(
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def _work(output: Path) -> Path:
+    return output.with_name(f".{output.name}.work")
 
 
 def _show(facts: dict[str, object]) -> None:

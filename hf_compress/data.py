@@ -15,7 +15,7 @@ from hf_compress.encode import CausalCollator, Encoder
 from hf_compress.errors import CompressError
 from hf_compress.source import local_path
 
-_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass
@@ -108,7 +108,14 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, *, task: str) -> Pre
         held_out, train = _kept(train.take(int(data.eval_size))), train.skip(int(data.eval_size))
     else:
         stratify = data.label_column if classification else None
-        parts = train.train_test_split(test_size=data.eval_size, seed=data.seed, stratify_by_column=stratify)
+        try:
+            parts = train.train_test_split(test_size=data.eval_size, seed=data.seed, stratify_by_column=stratify)
+        except ValueError as error:
+            raise CompressError(
+                f"{len(train)} rows cannot be split: {error}",
+                where=f"data.eval_size: {data.eval_size}",
+                next_step="give more rows, a smaller eval_size, or an eval_split",
+            ) from error
         train, held_out = parts["train"], parts["test"]
     if data.max_train_samples is not None:
         train = train.take(data.max_train_samples)
@@ -151,6 +158,8 @@ def _check(data: Data, tokenizer: PreTrainedTokenizerBase, task: str) -> None:
         wrong = "completion_only needs a prompt_column or a messages_column"
     elif data.messages_column and tokenizer.chat_template is None:
         wrong = "the tokenizer has no chat template for messages_column"
+    elif data.packing and tokenizer.eos_token_id is None:
+        wrong = "the tokenizer has no end-of-text token, which packing: true puts between texts"
     elif data.streaming and isinstance(data.eval_size, float) and not (data.eval_split and data.max_eval_samples):
         wrong = f"a stream has no share of {data.eval_size} to hold out: eval_size must be a number of rows"
     if wrong:
@@ -164,24 +173,23 @@ def _kept(rows: IterableDataset) -> Dataset:
 
 def _read(data: Data, split: str) -> Any:
     path = local_path(data.id)
-    reader = _READERS.get(Path(path).suffix)
+    reader = READERS.get(Path(path).suffix)
     try:
         loaded = (
             load_dataset(reader, data_files=path, streaming=data.streaming)
             if reader and Path(path).exists()
             else load_dataset(path, data.config, revision=data.revision, streaming=data.streaming)
         )
-    except (FileNotFoundError, ConnectionError, ValueError, DatasetGenerationError) as error:
+    except (FileNotFoundError, ConnectionError, ValueError, DatasetGenerationError, StopIteration) as error:
         if isinstance(error, DatasetGenerationError) and error.__cause__ is None:
             raise  # a full disk, say: its own words are all there is
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = (str(error.__cause__ or error).splitlines() or [""])[0]
         empty = "corresponds to no data" in reason or "No columns to parse" in reason
+        empty |= isinstance(error, StopIteration)
         raise CompressError(
             "the data holds no row" if empty else f"cannot read the data: {reason}",
             where=f"data: {data.id}",
-            next_step="look into the file"
-            if empty
-            else "check the path or Hub id (files: " + " ".join(_READERS) + ")",
+            next_step="look into the file" if empty else "check the path or Hub id (files: " + " ".join(READERS) + ")",
         ) from error
     assert isinstance(loaded, DatasetDict | IterableDatasetDict)
     if split not in loaded:

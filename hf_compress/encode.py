@@ -27,6 +27,13 @@ class Encoder:
     completion_only: bool = False
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
+        for column in (self.messages, self.prompt, self.text if self.messages is None else None):
+            if column is not None and (missing := sum(value is None for value in batch[column])):
+                raise CompressError(
+                    f"{missing} of {len(batch[column])} rows hold nothing in the column {column!r}",
+                    where="data",
+                    next_step="take them out, or name another column",
+                )
         if self.messages is not None:
             texts, spans = zip(*(self._chat(messages) for messages in batch[self.messages]), strict=True)
         elif self.prompt is not None:

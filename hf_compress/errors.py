@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CompressError(Exception):
@@ -22,6 +23,17 @@ class CompressError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.what, self.where, self.next_step)
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Inside, a `CompressError` is said to be at `where`, which the caller knows and a shared check does not; ``{}``
+    in it stands for the place that the error names."""
+    try:
+        yield
+    except CompressError as error:
+        place = where.replace("{}", error.where).rstrip(": .")
+        raise CompressError(error.what, where=place, next_step=error.next_step) from error
 
 
 def _rebuild(kind: type[CompressError], what: str, where: str, next_step: str) -> CompressError:

@@ -13,6 +13,13 @@ def write_whole(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
+def stamps(place: str | Path) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of change) of a file, or of each file in a folder; [] where nothing lies there."""
+    path = Path(place)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes, read in pieces."""
     with path.open("rb") as file:

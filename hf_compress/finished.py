@@ -1,21 +1,61 @@
-"""Where the result of each stage of a run lies, so that an interrupted run goes on after the last one."""
+"""The work folder of a run: one run's at a time, and where the result of each stage lies, so that an interrupted run
+goes on after the last one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_compress.card import save_facts
+from hf_compress.errors import CompressError
+from hf_compress.files import stamps, write_whole
 from hf_compress.recipe import NamedStage, Recipe
+from hf_compress.source import local_path
 from hf_compress.stages import Done
 from hf_compress.verification import write_expectation
+
+
+def require_one_process() -> None:
+    """Raise a CompressError in each of several ranks: they would work in one folder."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise CompressError(
+            f"a recipe runs in one process, and this is one of {ranks}",
+            where="WORLD_SIZE",
+            next_step="run it without torchrun; to train on several GPUs, use CompressionTrainer in a script",
+        )
+
+
+@contextmanager
+def alone(room: Path) -> Iterator[None]:
+    """The work folder, held: two runs in it would take each other's files away.
+
+    Raises:
+        CompressError: another run holds it.
+    """
+    room.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(room / "lock").acquire(timeout=0)
+    except Timeout as error:
+        raise CompressError(
+            "another run is at work on this output",
+            where=str(room),
+            next_step="wait for it, or choose another --output",
+        ) from error
+    with held:
+        yield
 
 
 def digest(known: Any) -> str:
@@ -23,9 +63,21 @@ def digest(known: Any) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _places(known: Any) -> list[str]:
+    """Every model and data set that a piece of a recipe names."""
+    if isinstance(known, list):
+        return [place for each in known for place in _places(each)]
+    if not isinstance(known, dict):
+        return []
+    own = [known[key] for key in ("id", "tokenizer", "teacher_model") if isinstance(known.get(key), str)]
+    several = [name for name in known.get("teachers") or [] if isinstance(name, str)]
+    return own + several + [place for value in known.values() for place in _places(value)]
+
+
 @dataclass(frozen=True)
 class Finished:
-    """Where one stage's result lies: ``<number>-<name>-<fingerprint of the recipe up to here>/``, with ``checkpoint``
+    """Where one stage's result lies: ``<number>-<name>-<fingerprint>/`` (of the recipe up to here, and of the local
+    files it names: a row that was mended makes another result), with ``checkpoint``
     (the answers of the model in memory that was saved beside it, in ``verify``), ``record.json``, and
     ``scales.safetensors`` where QAT trained a grid."""
 
@@ -41,7 +93,7 @@ class Finished:
             recipe.raw["stages"][: index + 1],
             recipe.baseline if recipe.baseline in {s.name for s in named} else "source",
         ]
-        short = digest(known)[:12]
+        short = digest([known, [stamps(local_path(place)) for place in _places(known)]])[:12]
         return Finished(room / f"{index + 1}-{named[-1].name if named else 'source'}-{short}")
 
     @property
@@ -50,6 +102,21 @@ class Finished:
         path = self.folder.with_name(self.folder.name + ".running")
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add what the work inside takes to `seconds`, also where it is interrupted."""
+        started = time.time()
+        try:
+            yield
+        finally:
+            write_whole(self.running / "seconds", str(self.seconds + time.time() - started))
+
+    @property
+    def seconds(self) -> float:
+        """That the stage has run for so far, interrupted runs included."""
+        file = self.running / "seconds"
+        return float(file.read_text()) if file.exists() else 0.0
 
     @property
     def done(self) -> bool:

@@ -107,7 +107,8 @@ def _levels(bits: int, kind: str, table: tuple[float, ...], pinned: bool) -> tup
 
 
 def scales(matrix: Tensor, grid: Grid) -> Tensor:
-    """(out, in) -> (out, groups): max |w| / largest level, never 0, in the dtype of `matrix`; for grids around 0.
+    """(out, in) -> (out, groups): max |w| / largest level, never 0, in the dtype of `matrix`; for grids around 0. Of a
+    group of zeros 1, on a `pinned` grid next to nothing: its container finds 0, and may take means over scales.
 
     With it, quantizing twice gives the same values; not for 8 bits in 16-bit dtypes, which cannot hold level * s:
     there a second rounding moves about one code in a hundred by one step.
@@ -122,8 +123,8 @@ def scales(matrix: Tensor, grid: Grid) -> Tensor:
             next_step="kind int, or a solver that finds zero points (rtn, hqq)",
         )
     top = _finite(grid.groups(matrix).abs().amax(-1).float())
-    size = torch.where(top > 0, top / grid.largest, torch.ones_like(top))
     limits = torch.finfo(matrix.dtype)
+    size = torch.where(top > 0, top / grid.largest, limits.smallest_normal if grid.pinned else 1.0)
     least = limits.smallest_normal * limits.eps  # fp16 counts what is below the smallest normal number in steps of it
     return torch.where(size < limits.smallest_normal, (size / least).ceil() * least, size).to(matrix.dtype)
 
@@ -157,6 +158,8 @@ def codes(matrix: Tensor, scale: Tensor, grid: Grid, zero: Tensor | None = None)
     |w - (code - zero) * s| <= |s| / 2 inside the range (before code * s is rounded to a 16-bit dtype: up to |s|
     then)."""
     ratio = grid.groups(matrix).float() / scale[..., None].float()
+    if grid.pinned:
+        ratio.nan_to_num_(0.0)  # of groups of zeros, whose scale may be stored as 0
     return grid.nearest(ratio if zero is None else ratio + zero[..., None]).flatten(1)
 
 
@@ -325,7 +328,7 @@ def k_means(matrix: Tensor, bits: int, group_size: int | None = None, *, steps: 
     top = scales(matrix, plain).float()[..., None] * plain.largest
     points = (plain.groups(matrix).float() / top).flatten()
     points = points.sort().values
-    places = torch.linspace(0, len(points) - 1, 1 << bits, device=matrix.device).round().long()
+    places = torch.linspace(0, len(points) - 1, 1 << bits, dtype=torch.float64, device=matrix.device).round().long()
     levels = points[places]
     totals = torch.cat([points.new_zeros(1, dtype=torch.float64), points.double().cumsum(0)])
     for _ in range(steps):

@@ -63,6 +63,7 @@ def explained(name: str) -> list[list[str]]:
     return [
         [
             f"{registry.kind} {entry.name}: {entry.summary}{_options(what, entry.name)}",
+            *_asked(what, entry),
             *(_paragraphs(inspect.getdoc(entry.value) or "") if callable(entry.value) else []),
             *([entry.paper] if entry.paper else []),
         ]
@@ -72,14 +73,33 @@ def explained(name: str) -> list[list[str]]:
     ]
 
 
+def _asked(what: str, entry: Entry[Any]) -> list[str]:
+    """How a recipe asks for it."""
+    if what == "backends":
+        options = backend_options(entry.name)
+        more = f", options: {{{next(iter(options))}: ...}}" if options else ""
+        return [f"in a recipe: - quantize: {{backend: {entry.name}, bits: ...{more}}}"]
+    if what == "solvers":
+        stage = "quantize" if entry.traits["makes"] == "codes" else "prune"
+        return [f"in a recipe: - {stage}: {{method: {entry.name}, ...}}"]
+    return []
+
+
 def _paragraphs(docstring: str) -> list[str]:
     """Lines of one indent joined, and begun anew where the next argument is described."""
     found: list[str] = []
     for block in docstring.split("\n\n"):
         for indent, lines in groupby(block.splitlines(), key=lambda line: len(line) - len(line.lstrip())):
             text = " ".join(line.strip() for line in lines)
-            found += [" " * indent + part for part in re.split(r"(?<=\.) (?=[a-z_]+(?:, [a-z_]+)*: )", text)]
+            found += [" " * indent + part for part in re.split(r"(?<=[.;]) (?=[a-z_]+(?:, [a-z_]+)*: )", text)]
     return found
+
+
+def overview() -> list[tuple[str, str]]:
+    """What can be listed, each with the names in it: rows of ``hf-compress list`` alone."""
+    kinds = (*REGISTRIES, "techniques", "stages", "recipes")
+    found = [(kind, ", ".join(name for name, *_ in listing(kind))) for kind in kinds]
+    return [*found, ("sections", ", ".join(SECTIONS))]
 
 
 def listing(what: str) -> list[tuple[str, str, str]]:
@@ -108,9 +128,23 @@ def listing(what: str) -> list[tuple[str, str, str]]:
 
 
 def keys(name: str) -> list[tuple[str, str, str]]:
-    """The keys of that name, with the section each is in, as rows of ``hf-compress list``."""
+    """The keys of that name, with the section or the loss, backend or solver each is of, as rows of ``hf-compress
+    list``."""
     fields = [(section, f) for section, kind in SECTIONS.items() for f in dataclasses.fields(kind)]
-    return [(f"{where}: {f.name}", f.metadata.get("help", ""), _default(f)) for where, f in fields if f.name == name]
+    return [
+        (f"{where}: {f.name}", f.metadata.get("help", ""), _default(f)) for where, f in fields if f.name == name
+    ] + [
+        (f"{REGISTRIES[what].kind} {entry.name}: {name}", _described(entry, name), str(options(entry.name)[name]))
+        for what, options in OPTIONS.items()
+        for entry in REGISTRIES[what]
+        if name in options(entry.name)
+    ]
+
+
+def _described(entry: Entry[Any], option: str) -> str:
+    """What the docstring of an entry says of an option; of the entry, where it says nothing."""
+    lines = (text.strip().partition(": ") for text in _paragraphs(inspect.getdoc(entry.value) or ""))
+    return next((text for names, _, text in lines if option in names.split(", ")), entry.summary)
 
 
 def _asked_by(entry: Entry[Any]) -> str:

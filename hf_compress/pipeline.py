@@ -24,7 +24,7 @@ from hf_compress.errors import CompressError
 from hf_compress.evaluation import evaluate
 from hf_compress.evaluation.cost import machine_facts
 from hf_compress.files import write_whole
-from hf_compress.finished import Finished, digest
+from hf_compress.finished import Finished, alone, digest, require_one_process
 from hf_compress.hub import Publish, Published, publish
 from hf_compress.licence import copy_texts, source_licence
 from hf_compress.planning import require_possible
@@ -35,6 +35,7 @@ from hf_compress.verification import (
     EXPECTATION,
     model_files,
     verify,
+    verify_names,
     write_expectation,
     write_hashes,
     write_onnx_expectation,
@@ -77,6 +78,7 @@ def compress(
         CompressError: the output exists; it is to be published and nobody is logged in; whatever a stage, the
         evaluation, `verify` or `publish` finds wrong.
     """
+    require_one_process()
     output = Path(output).absolute()
     if recipe.publish is not None:
         recipe.publish.require_possible()
@@ -88,14 +90,35 @@ def compress(
         raise CompressError(
             "the output folder exists", where=str(output), next_step="choose another --output, or pass --overwrite"
         )
+    if output.exists() and not (output / FACTS).is_file() and any(output.iterdir()):
+        raise CompressError(
+            f"nothing here was made by a run (there is no {FACTS}), and --overwrite would delete it",
+            where=str(output),
+            next_step="choose another --output, or remove the folder yourself",
+        )
     config = read_config(recipe.model)
     task, licence = task_of(recipe.model, config), source_licence(recipe.model, recipe.license)
     require_possible(recipe)
     for data in (recipe.data, *(getattr(named.stage, "extra_data", None) for named in recipe.stages)):
         if data is not None:
             peek(data, task=task)
-    room = output.parent / f".{output.name}.work"
-    room.mkdir(parents=True, exist_ok=True)
+    with alone(unpublished.parent):
+        return _compress(recipe, output, unpublished, task, licence, config, command=command, say=say)
+
+
+def _compress(
+    recipe: Recipe,
+    output: Path,
+    unpublished: Path,
+    task: str,
+    licence: dict[str, Any] | None,
+    config: Any,
+    *,
+    command: str | None,
+    say: Callable[[str], None],
+) -> Result:
+    """`compress`, once nothing of the recipe is refused and the work folder is held."""
+    room = unpublished.parent
     torch.manual_seed(recipe.seed)
     transformers.set_seed(recipe.seed)
 
@@ -111,6 +134,7 @@ def compress(
         "task": task,
         "base_model": recipe.model.id,
         "base_revision": getattr(config, "_commit_hash", None) or recipe.model.revision,
+        "new_weights": ran.new_weights,
         "source_bytes": sum(file.stat().st_size for file in weight_files(recipe.model)) or None,
         "datasets": [recipe.data.id] if recipe.data else [],
         "stages": ran.records,
@@ -131,7 +155,8 @@ def compress(
         say("verifying in a fresh process")
         facts["verify"] = verify(final)[str(final)]
     else:
-        say("larger than this machine's memory: neither measured nor opened")
+        say("larger than this machine's memory: neither measured nor opened; comparing names and shapes")
+        verify_names(final)
         facts["verify"] = None
     save_facts(facts, final / FACTS)
     write_card(final)
@@ -142,7 +167,7 @@ def compress(
         shutil.rmtree(room)
         return Result(output, facts)
     write_whole(unpublished, digest(_without_publish(recipe)))
-    for folder in (path for path in room.iterdir() if path != unpublished):
+    for folder in (path for path in room.iterdir() if path.is_dir()):
         shutil.rmtree(folder)
     return _published(recipe.publish, output, unpublished, say, check=False)  # it was verified a moment ago
 
@@ -152,6 +177,7 @@ class _Ran:
     """What the stages so far came to.
 
     checkpoint: of the last one; floating: of the last one before the weights were packed. places: as `Work.stages`.
+    new_weights: as `load_model` found them.
     records: a stage's name, kind, seconds, facts and coverage. extras: folders to lie beside the final checkpoint.
     quantized, scales: as in `Work`.
     """
@@ -159,6 +185,7 @@ class _Ran:
     checkpoint: Path
     floating: Path
     places: dict[str, str]
+    new_weights: list[str]
     records: list[dict[str, Any]] = field(default_factory=list)
     extras: dict[str, Path] = field(default_factory=dict)
     quantized: str = ""
@@ -180,8 +207,8 @@ class _Ran:
 def _run_stages(recipe: Recipe, task: str, room: Path, say: Callable[[str], None]) -> _Ran:
     """Every stage that did not finish before, each on what the one before it left; its result is on disk before the
     next begins, and in memory where it can stay."""
-    start = _read_source(recipe, room, say)
-    ran = _Ran(start, start, {"source": str(start), "dense": str(start)})
+    start, new = _read_source(recipe, room, say)
+    ran = _Ran(start, start, {"source": str(start), "dense": str(start)}, new)
     model: PreTrainedModel | None = None
     for index, named in enumerate(recipe.stages):
         finished = Finished.stage(room, recipe, index)
@@ -193,15 +220,17 @@ def _run_stages(recipe: Recipe, task: str, room: Path, say: Callable[[str], None
             work = _work(recipe, task, ran, finished.running)
             work.say, work.scales = say, ran.scales
             if model is not None:
-                work.__dict__["model"] = model
-            started = time.time()
-            done = named.stage.run(work)
+                # where a run that was interrupted would load it: a result must not hang on that
+                here = ran.quantized or recipe.model.device_map is not None
+                work.__dict__["model"] = model if here else model.to("cpu")
+            with finished.timed():
+                done = named.stage.run(work)
             if done.facts.get("warning"):
                 say(f"  {done.facts['warning']}")
             record = {
                 "name": named.name,
                 "kind": named.kind,
-                "seconds": round(time.time() - started, 1),
+                "seconds": round(finished.seconds, 1),
                 "facts": done.facts,
                 "coverage": done.coverage.as_facts() if done.coverage else None,
                 "quantized": done.quantized,
@@ -213,18 +242,21 @@ def _run_stages(recipe: Recipe, task: str, room: Path, say: Callable[[str], None
     return ran
 
 
-def _read_source(recipe: Recipe, room: Path, say: Callable[[str], None]) -> Path:
+def _read_source(recipe: Recipe, room: Path, say: Callable[[str], None]) -> tuple[Path, list[str]]:
     """The checkpoint that the first stage starts from: where the model lies, for a stage that streams it from there,
-    else a copy as plain safetensors."""
+    else a copy as plain safetensors; and the weights that were drawn at random, as the source does not hold them (a
+    new head)."""
     files, source = weight_files(recipe.model), Finished.stage(room, recipe, -1)
     streams = bool(recipe.stages) and getattr(recipe.stages[0].stage, "streaming", False)
     if streams and files and not not_as_stored(recipe.model):
-        return files[0].parent
+        return files[0].parent, []
     if not source.done:
         say("reading the model")
-        model, tokenizer = load_model(recipe.model, seed=recipe.seed)
-        source.save(Done(model), tokenizer, {"kind": "source", "seconds": 0.0})
-    return source.checkpoint
+        model, tokenizer, new = load_model(recipe.model, seed=recipe.seed)
+        source.save(Done(model), tokenizer, {"kind": "source", "new_weights": new})
+    if new := source.record["new_weights"]:
+        say(f"  not in the source, and so drawn at random: {', '.join(new)}")
+    return source.checkpoint, new
 
 
 def _assemble(ran: _Ran, recipe: Recipe, task: str, licence: dict[str, Any] | None, final: Path) -> bool:

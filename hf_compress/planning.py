@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.backends import backends, foresee
+from hf_compress.backends.compressed_tensors import MIXED
 from hf_compress.backends.elsewhere import FORMATS
 from hf_compress.backends.onnx import refusal
 from hf_compress.calibration import writes_nothing
 from hf_compress.coverage import KEPT, coverage
-from hf_compress.data import Data
+from hf_compress.data import READERS, Data
 from hf_compress.environments import environment
 from hf_compress.errors import CompressError
 from hf_compress.evaluation.cost import parameter_counts
 from hf_compress.oneshot import mixed_layers
 from hf_compress.recipe import Recipe
 from hf_compress.selection import without
-from hf_compress.source import format_of, load_meta, not_as_stored, read_config, require_floating, task_of
+from hf_compress.source import format_of, load_meta, local_path, not_as_stored, read_config, require_floating, task_of
 from hf_compress.stages import Cache, Export, Prune, Quantize, Shrink, Stage, Train
 from hf_compress.stages.trained_grid import not_as_trained
 from hf_compress.surgery import shrink
@@ -28,6 +30,7 @@ from hf_compress.techniques.qat import QAT
 from hf_compress.weights import weights
 
 REFUSED = "will be REFUSED: "
+NEXT = "; next: "
 RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 MANY_CONTINUATIONS = 7
 TOO_MANY = f"token by token; more than {MANY_CONTINUATIONS} continuations of a row were not seen to help"
@@ -62,7 +65,7 @@ def plan(recipe: Recipe) -> list[Planned]:
     model = load_meta(recipe.model)
     trained: QAT | None = None
     packed: Quantize | None = None
-    rows = [_row("source", "source", model, _source_bytes(config, model))]
+    rows = [_row("source", "source", model, _source_bytes(config, model), notes=_missing(recipe))]
     for named in recipe.stages:
         stage, notes = named.stage, list[str]()
         trained = stage.qat if isinstance(stage, Train) else trained
@@ -85,7 +88,7 @@ def plan(recipe: Recipe) -> list[Planned]:
             try:
                 names = without(names, skip, where="skip")
             except CompressError as error:
-                notes.append(f"{REFUSED}skip: {error.what}; {error.next_step}")
+                notes.append(f"{REFUSED}skip: {error.what}{NEXT}{error.next_step}")
             share = coverage(model, names).share
         elif isinstance(stage, Quantize):
             packed, entry = stage, backends.entry(stage.backend)
@@ -101,9 +104,11 @@ def plan(recipe: Recipe) -> list[Planned]:
             if trained is not None:
                 notes += [REFUSED + what for what in not_as_trained(trained, model, foreseen.reasons, before)]
             if refused is not None:
-                notes.append(f"{REFUSED}{refused.what} ({refused.where}); {refused.next_step}")
+                notes.append(f"{REFUSED}{refused.what} ({refused.where}){NEXT}{refused.next_step}")
             if foreseen.count:
                 notes.append(_bits(stage, model, bits, foreseen.bits))
+            if stage.overrides or stage.budget is not None:
+                notes.append(MIXED)
             if "environment" in entry.traits:
                 notes += _needs(entry.traits["environment"], f"backend {entry.name}")
             notes += [f"memory: {entry.traits['memory']}", f"speed: {entry.traits['speed']}"]
@@ -127,17 +132,25 @@ def plan(recipe: Recipe) -> list[Planned]:
             notes += [REFUSED + why] if why else []
         if any(isinstance(other.stage, Cache) for other in recipe.stages) and (name := _environment(stage)):
             notes.append(
-                f"{REFUSED}the environment {name} has no hqq, which the cache stage needs; leave one of them out"
+                f"{REFUSED}the environment {name} has no hqq, which the cache stage needs{NEXT}leave one of them out"
             )
         if isinstance(stage, Prune | Quantize):
             notes += _streams(recipe, stage) + _masks(model, stage)
         if not any(note.startswith(REFUSED) for note in notes):  # a skip that finds nothing would be stumbled over
             notes += _continuations(model, stage) + ([] if recipe.data is None else _text(recipe.data, stage, model))
-        if recipe.data is None and stage.calibrates(model):
-            notes.append(f"{REFUSED}it calibrates on text, and the recipe has no data: section")
+        if recipe.data is None and stage.needs_text(model):
+            notes.append(f"{REFUSED}it reads text, and the recipe has no data: section")
         notes.sort(key=lambda note: not note.startswith(REFUSED))
         rows.append(_row(named.name, named.kind, model, bytes_now, share, experts, notes))
     return rows
+
+
+def _missing(recipe: Recipe) -> list[str]:
+    """Files of data that are named and not here."""
+    named = [recipe.data, *(getattr(each.stage, "extra_data", None) for each in recipe.stages)]
+    places = [local_path(data.id) for data in named if data is not None]
+    gone = [place for place in places if Path(place).suffix in READERS and not Path(place).exists()]
+    return [f"{REFUSED}there is no file {place}{NEXT}mend the data: section" for place in gone]
 
 
 def _count(names: Collection[str]) -> str:
@@ -161,7 +174,7 @@ def _streams(recipe: Recipe, stage: Prune | Quantize) -> list[str]:
         return []
     found = []
     if task_of(recipe.model, read_config(recipe.model)) != "causal-lm":
-        found.append(f"{REFUSED}streaming takes causal language models; leave streaming out")
+        found.append(f"{REFUSED}streaming takes causal language models{NEXT}leave streaming out")
     if recipe.stages[0].stage is stage and (why := not_as_stored(recipe.model)):
         found.append(f"nothing is streamed, the whole model is read first: {why}")
     return found
@@ -171,6 +184,9 @@ def _text(data: Data, stage: Stage, model: PreTrainedModel) -> list[str]:
     """How much of the text a stage reads, rows being as long as they may be."""
     if isinstance(stage, Train):
         notes = [f"trains {stage.length}, each of up to {data.max_length} tokens"]
+        if stage.qat is not None and stage.qat.start == "gptq":
+            read = stage.qat.samples * data.max_length * (1 + stage.qat.continuations)
+            notes.append(f"qat: gptq rounds first, on up to {read:,} tokens")
         if stage.qat is not None and stage.qat.continuations > MANY_CONTINUATIONS:
             notes.append(f"qat: {TOO_MANY}")
         return notes
@@ -196,7 +212,7 @@ def _continuations(model: PreTrainedModel, stage: Stage) -> list[str]:
     why = writes_nothing(model)
     if not why and not stage.calibrates(model):
         why = f"continuations are text, and {stage.method or 'rounding without a method'} reads none"
-    return [f"{REFUSED}{why}; leave continuations out, or take a method that calibrates"] if why else []
+    return [f"{REFUSED}{why}{NEXT}leave continuations out, or take a method that calibrates"] if why else []
 
 
 def _masks(model: PreTrainedModel, stage: Prune | Quantize) -> list[str]:
@@ -204,7 +220,7 @@ def _masks(model: PreTrainedModel, stage: Prune | Quantize) -> list[str]:
     mixed = mixed_layers(model.config)
     if not mixed or elsewhere or not stage.calibrates(model):
         return []
-    return [f"{REFUSED}{mixed}; a method that reads no text, or a model without sliding-window layers"]
+    return [f"{REFUSED}{mixed}{NEXT}a method that reads no text, or a model without sliding-window layers"]
 
 
 def _environment(stage: Stage) -> str:
@@ -220,7 +236,7 @@ def _needs(name: str, what: str) -> list[str]:
     try:
         wanted.require(what=what)
     except CompressError as error:
-        return [f"needs: {wanted.command}", f"{REFUSED}{error.what}; {error.next_step}"]
+        return [f"needs: {wanted.command}", f"{REFUSED}{error.what}{NEXT}{error.next_step}"]
     return [f"needs the environment {name}: built ({wanted.folder.name})"]
 
 
@@ -229,11 +245,9 @@ def require_possible(recipe: Recipe) -> None:
     for row in plan(recipe):
         for note in row.notes:
             if note.startswith(REFUSED):
-                raise CompressError(
-                    note.removeprefix(REFUSED),
-                    where=row.name,
-                    next_step="`hf-compress plan` shows what else of the recipe will be refused",
-                )
+                what, _, step = note.removeprefix(REFUSED).partition(NEXT)
+                more = "`hf-compress plan` shows what else of the recipe will be refused"
+                raise CompressError(what, where=row.name, next_step=f"{step}. {more}" if step else more)
 
 
 def _row(

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -41,7 +41,10 @@ class ModelSource:
     gguf_file: str | None = field(default=None, metadata={"help": "a GGUF file beside the id (dequantized when read)"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the Hub"})
     dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16"})
-    device_map: str | None = field(default=None, metadata={"help": "passed to from_pretrained"})
+    device_map: str | None = field(
+        default=None,
+        metadata={"help": "cuda puts one-shot stages on the GPU; none = the CPU, which training leaves by itself"},
+    )
     task: str | None = field(
         default=None, metadata={"help": "causal-lm or text-classification; inferred from the config when it says"}
     )
@@ -195,7 +198,15 @@ def task_of(source: ModelSource, config: PreTrainedConfig) -> str:
     )
 
 
-def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+class Loaded(NamedTuple):
+    """new: names of the weights that the source does not hold, drawn at random (a classifier's head)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    new: list[str]
+
+
+def load_model(source: ModelSource, *, seed: int = 0) -> Loaded:
     """The model in eval mode and its tokenizer. New heads and models from a config are initialised from `seed`.
 
     Safetensors only and no remote code, whatever the repository holds. Experts run `eager` on a CPU, where it is
@@ -205,6 +216,7 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
     auto = getattr(transformers, TASKS[task_of(source, config)])
     torch.manual_seed(seed)
     options: dict[str, Any] = dict(expert_options(config))
+    new: list[str] = []
     if source.id is None:
         model = auto.from_config(
             config, dtype=None if source.dtype == "auto" else getattr(torch, source.dtype), **options
@@ -221,8 +233,9 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
             elif source.dequantize and packed == "compressed-tensors":
                 warnings.filterwarnings("ignore", message="You passed `quantization_config`")
                 options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-            model = auto.from_pretrained(
+            model, info = auto.from_pretrained(
                 place,
+                output_loading_info=True,
                 revision=source.revision or "main",
                 dtype=source.dtype,
                 device_map=source.device_map,
@@ -231,6 +244,7 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
                 **_gguf(source),
                 **options,
             )
+        new = sorted(info["missing_keys"])
         if source.gguf_file:  # the reader leaves the model marked as quantized, and save_pretrained would refuse it
             del model.config.quantization_config
             model.hf_quantizer, model.is_quantized = None, False
@@ -238,7 +252,7 @@ def load_model(source: ModelSource, *, seed: int = 0) -> tuple[PreTrainedModel, 
             model = dequantized(model)
     disable_cpu_packing(model)
     _let_it_be_saved(model)
-    return model.eval(), load_tokenizer(source)
+    return Loaded(model.eval(), load_tokenizer(source), new)
 
 
 def _let_it_be_saved(model: PreTrainedModel) -> None:

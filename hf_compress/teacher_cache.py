@@ -66,7 +66,7 @@ def cache_teacher(
             where="data.streaming",
             next_step="set streaming: false; rows are mapped from disk, not read into memory",
         )
-    model, _ = load_model(source)
+    model = load_model(source).model
     if kind_of(model) != "causal":
         raise CompressError(
             "only causal language models have a cache",

@@ -3,6 +3,7 @@ save, resume, finalize."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.utils import strtobool
 
 from hf_compress.bnb_guard import disable_cpu_packing
 from hf_compress.errors import CompressError
@@ -27,6 +29,8 @@ from hf_compress.techniques.qat import QAT
 from hf_compress.techniques.state import load_state, save_state
 from hf_compress.trainer_push import PublishingTrainer, check_arguments
 from hf_compress.weights import base_of, rounds_inputs
+
+LAUNCHED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # what `accelerate launch` sets, and the Trainer obeys
 
 
 class CompressionTrainer(PublishingTrainer):
@@ -64,10 +68,11 @@ class CompressionTrainer(PublishingTrainer):
         peft_config: Any = None,
         **others: Any,
     ) -> None:
-        if args.deepspeed or args.fsdp or args.label_smoothing_factor:
+        sharded = args.deepspeed or args.fsdp or any(strtobool(os.environ.get(name, "0")) for name in LAUNCHED)
+        if sharded or args.label_smoothing_factor:
             raise CompressError(
                 "DeepSpeed, FSDP and label smoothing have not been shown to work with techniques",
-                where="TrainingArguments",
+                where="TrainingArguments, or what `accelerate launch` was asked for",
                 next_step="train on one device or with plain DDP (torchrun), without label smoothing",
             )
         if args.n_gpu > 1 and getattr(model, "hf_device_map", None) is None:
@@ -129,10 +134,17 @@ class CompressionTrainer(PublishingTrainer):
             technique.prepare(self)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        made = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        for technique in self.techniques if not made else []:
-            if own := technique.parameters():
+        there = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for technique in self.techniques:
+            if own := [parameter for parameter in technique.parameters() if id(parameter) not in there]:
+                if self.lr_scheduler is not None:  # which knows the groups that there were when it was made
+                    raise CompressError(
+                        f"{type(technique).__name__} brings parameters of its own, and the scheduler that was given "
+                        "has no rate for them",
+                        where="optimizers",
+                        next_step="give the optimizer alone: optimizers=(optimizer, None)",
+                    )
                 rate = self.args.learning_rate * technique.rate
                 optimizer.add_param_group({"params": own, "weight_decay": 0.0, "lr": rate})
         return optimizer
@@ -282,6 +294,12 @@ class CompressionTrainer(PublishingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_weights(resume_from_checkpoint)
         load_state(Path(resume_from_checkpoint), self.techniques)
+        if not any((Path(resume_from_checkpoint) / name).exists() for name in ("optimizer.pt", "optimizer.bin")):
+            raise CompressError(
+                "the checkpoint holds no state of the optimizer: a run that went on would be another run",
+                where=str(resume_from_checkpoint),
+                next_step="train without save_only_model, or begin anew with this checkpoint as the model",
+            )
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -99,6 +100,30 @@ def base_of(model: nn.Module) -> PreTrainedModel:
         inner.get_base_model() if "PeftModel" in {k.__name__ for k in type(inner).__mro__} else inner
     )
     return base
+
+
+def require_finite(found: Iterable[Weight]) -> None:
+    """Raise a CompressError naming the first of them that holds NaN or infinity: solvers would spread it, libraries
+    pack it without a word, and activations would be blamed."""
+    for weight in found:
+        if not torch.isfinite(torch.stack(weight.matrix.aminmax())).all():
+            raise CompressError(
+                "weights are not finite",
+                where=weight.name,
+                next_step="check the checkpoint, or the training that made it",
+            )
+
+
+def require_one_device(model: nn.Module, *, where: str) -> None:
+    """Raise a CompressError for a model that is spread over devices, or offloaded."""
+    places = {parameter.device for parameter in model.parameters()}
+    if len(places) > 1 or torch.device("meta") in places:
+        raise CompressError(
+            "the model lies on several devices, or is offloaded: " + ", ".join(sorted(map(str, places))),
+            where=where,
+            next_step='load it with device_map={"": 0} or without device_map; where it fits on none, a recipe with '
+            "streaming: true reads it block by block",
+        )
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:

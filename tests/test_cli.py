@@ -58,11 +58,22 @@ def test_the_module_runs_as_the_command_does(module: str) -> None:
         ("group_size", "\n qat: group_size"),
         ("criterion", "\n prune: criterion"),
         ("criterion", "solver criterion: "),
+        ("epochs", "\n solver gptq: epochs  passes over the text"),
+        ("damping", "\n backend gptq: damping"),
     ],
 )
 def test_lists(what: str, holds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "list", what) == 0
     assert holds in capsys.readouterr().out
+
+
+def test_a_bare_list_names_everything(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "list") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    names = ("forward_kl", "wanda", "torchao", "deepseek_v3", "alps", "QAT")
+    assert [name for name in names if name not in said] == []
+    assert "recipes deepseek-v3-8m-from-scratch" in said
+    assert "prune-in-training" in said
 
 
 def test_a_plan_that_would_be_refused_says_so_first_and_fails(
@@ -136,7 +147,8 @@ def test_an_interruption_says_how_to_go_on(
 
     monkeypatch.setattr("hf_compress.pipeline.compress", interrupt)
     assert command(monkeypatch, "run", "quickstart", "--output", str(tmp_path / "out")) == 130
-    assert "run the same command again to go on (work so far: .out.work)" in capsys.readouterr().err.replace("\n", " ")
+    said = f"run the same command again to go on (work so far: {tmp_path / '.out.work'})"
+    assert said.replace(" ", "") in "".join(capsys.readouterr().err.split())
 
 
 def test_public_names_are_not_hidden_by_modules_of_the_same_name() -> None:
@@ -150,3 +162,13 @@ def test_public_names_are_not_hidden_by_modules_of_the_same_name() -> None:
     for name in hf_compress.__all__:
         assert callable(getattr(hf_compress, name))
         assert getattr(hf_compress, name).__doc__
+
+
+def test_a_mistyped_folder_is_not_asked_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_compress.hub.fetch", lambda *_, **__: pytest.fail("asked the Hub"))
+    assert command(monkeypatch, "verify", "out/smal") == 1
+    assert "did you mean 'small'?" in capsys.readouterr().err

@@ -128,6 +128,9 @@ def test_a_file_without_rows_is_named_as_such(text: str, tmp_path: Path, tokeniz
     (tmp_path / "empty.csv").write_text(text)
     with pytest.raises(CompressError, match=r"holds no row[\s\S]*empty.csv"):
         prepare(Data(str(tmp_path / "empty.csv")), tokenizer, task="causal-lm")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(CompressError, match=r"holds no row[\s\S]*empty.jsonl"):
+        prepare(Data(str(tmp_path / "empty.jsonl")), tokenizer, task="causal-lm")
 
 
 @pytest.mark.parametrize(
@@ -149,6 +152,19 @@ def test_bad_data_is_refused(
     data = Data(**({"id": str(save_reviews(tmp_path / "reviews.csv"))} | change))
     with pytest.raises(CompressError, match=reason):
         prepare(data, tokenizer, task="causal-lm")
+
+
+def test_rows_that_cannot_be_read_or_split_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    gaps = lines(tmp_path / "gaps.jsonl", [{"text": "good film"}, {"text": None}] * 8)
+    with pytest.raises(CompressError, match=r"\d of \d+ rows hold nothing in the column 'text'"):
+        prepare(Data(gaps), tokenizer, task="causal-lm")
+    one = lines(tmp_path / "one.jsonl", [{"text": "good film"}])
+    with pytest.raises(CompressError, match=r"1 rows cannot be split[\s\S]*data.eval_size"):
+        prepare(Data(one), tokenizer, task="causal-lm")
+    tokenizer.eos_token = None
+    whole = lines(tmp_path / "whole.jsonl", [{"text": "good film"}] * 8)
+    with pytest.raises(CompressError, match="no end-of-text token, which packing"):
+        prepare(Data(whole, packing=True, max_length=2), tokenizer, task="causal-lm")
 
 
 def test_classification_refuses_what_is_for_causal_models(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

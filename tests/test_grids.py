@@ -219,3 +219,9 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     for kind in ("int", "uint"):
         with pytest.raises(CompressError, match="not finite"):
             spanning(torch.tensor([[1.0, torch.nan]]), Grid(4, kind=kind))
+
+
+def test_a_codebook_of_more_weights_than_fp32_can_count() -> None:
+    count = (1 << 24) + 4  # the last index, an odd number, rounds up to it in fp32
+    grid = k_means(torch.linspace(-1, 1, count)[None], 2, steps=1)
+    assert len(grid.levels()) == 4

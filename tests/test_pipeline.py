@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,23 +13,26 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_compress import pipeline
+from hf_compress import pipeline, quantize
 from hf_compress.card import render_card, without_folders
 from hf_compress.errors import CompressError
+from hf_compress.families import expert_options
 from hf_compress.finished import Finished
 from hf_compress.pipeline import compress, measure_again
-from hf_compress.planning import plan
+from hf_compress.planning import plan, require_possible
 from hf_compress.precision import bfloat16_is_fast
 from hf_compress.recipe import load, parse, shipped
 from hf_compress.stages import Train
-from hf_compress.stages.interruption import last_whole_checkpoint
+from hf_compress.stages.interruption import StopAfterSaving, last_whole_checkpoint
 from hf_compress.stages.train import _logged_every
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.trainer import CompressionTrainer
+from hf_compress.verification import verify_names, write_expectation
 from tests.models import CONFIGS, tiny
 from tests.training import WORDS, save_reviews, save_tokenizer
 
@@ -509,7 +513,7 @@ def test_yaml_words_reach_training_arguments(decoder: dict[str, Any], tmp_path: 
         ("data/text_column", "txt", r"no column 'txt'[\s\S]*text, label, source"),
         ("data/filter", {"source": "nowhere"}, "no row is left"),
         ("data/split", "tests", r"no split 'tests'"),
-        ("data/id", "nowhere.csv", "cannot read the data"),
+        ("data/id", "nowhere.csv", "there is no file nowhere.csv"),
         ("model/id", "package://no_such_package/model", "is not installed"),
         ("model/id", "/no/such/folder", "no such folder"),
         ("stages/2/quantize/group_size", 48, r"group sizes? [\s\S]*: 64, 32, 16"),
@@ -676,3 +680,124 @@ def test_ctrl_c_in_training_saves_and_the_same_command_goes_on(
     assert len(steps) == 4  # two before the interruption, two after: nothing was done twice
     ours, theirs = load_file(again / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_a_run_is_alone_in_its_work_folder(
+    decoder: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".out.work").mkdir()
+    recipe = parse(decoder)
+    with FileLock(tmp_path / ".out.work" / "lock"), pytest.raises(CompressError, match="another run is at work"):
+        compress(recipe, tmp_path / "out")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CompressError, match="this is one of 2"):
+        compress(recipe, tmp_path / "out")
+
+
+def test_a_stage_whose_files_changed_is_done_again(decoder: dict[str, Any], tmp_path: Path) -> None:
+    tiny("deepseek_v3", seed=1).save_pretrained(tmp_path / "teacher")
+    decoder["stages"][1]["train"]["distill"]["teacher_model"] = str(tmp_path / "teacher")
+    recipe = parse(decoder)
+
+    def folders() -> list[str]:
+        return [Finished.stage(tmp_path, recipe, index).folder.name for index in (-1, 0, 1)]
+
+    before = folders()
+    assert folders() == before
+    with (tmp_path / "teacher" / "config.json").open("a") as file:
+        file.write("\n")
+    taught = folders()
+    assert [a == b for a, b in zip(before, taught, strict=True)] == [True, True, False]
+    with (tmp_path / "reviews.csv").open("a") as file:
+        file.write("very good film,1,a\n")
+    assert [a == b for a, b in zip(taught, folders(), strict=True)] == [True, False, False]
+
+
+def test_training_in_a_thread_leaves_signals_alone() -> None:
+    before, said = signal.getsignal(signal.SIGINT), []
+
+    def inside() -> bool:
+        with StopAfterSaving(said.append):
+            return signal.getsignal(signal.SIGINT) is before
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(inside).result()
+    with StopAfterSaving(said.append) as _:
+        assert signal.getsignal(signal.SIGINT) is not before
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "Ctrl-C again stops at once" in said[0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_names_and_shapes_of_what_is_too_large_to_open(packed: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if packed:
+        quantize(tiny("deepseek_v3"), out, backend="compressed-tensors", bits=4, group_size=32)
+    else:
+        tiny("deepseek_v3").save_pretrained(out)
+    verify_names(out)
+    file = out / "model.safetensors"
+    whole = load_file(file)
+    name = next(key for key in whole if key.endswith("experts.1.up_proj.weight" + "_packed" * packed))
+    for wrong in (
+        {key: value for key, value in whole.items() if key != name},
+        whole | {name: whole[name][:8].clone()},
+        whole | {"model.layers.0.self_attn.q_projj.weight": torch.ones(2)},
+    ):
+        save_file(wrong, file, {"format": "pt"})
+        with pytest.raises(CompressError, match="does not reload"):
+            verify_names(out)
+
+
+def test_which_experts_run_one_by_one_is_the_familys_word(tmp_path: Path) -> None:
+    model = tiny("deepseek_v3")
+    write_expectation(model, tmp_path)
+    assert "eager_experts" in load_file(tmp_path / "verify" / "expectation.safetensors")
+    write_expectation(tiny("llama"), tmp_path)
+    assert "eager_experts" not in load_file(tmp_path / "verify" / "expectation.safetensors")
+    renamed = AutoConfig.for_model("deepseek_v3")
+    renamed.num_experts_per_tok = None  # another family may call it otherwise
+    assert expert_options(renamed) == ({} if torch.cuda.is_available() else {"experts_implementation": "eager"})
+    assert expert_options(AutoConfig.for_model("llama")) == {}
+
+
+def test_only_what_a_run_made_is_overwritten(decoder: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years")
+    with pytest.raises(CompressError, match="nothing here was made by a run"):
+        compress(parse(decoder), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years"
+
+
+def test_seconds_of_interrupted_runs_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 5.0, 100.0, 102.0])
+    monkeypatch.setattr("hf_compress.finished.time.time", lambda: next(clock))
+    stage = Finished(tmp_path / "stage")
+    with pytest.raises(KeyboardInterrupt), stage.timed():
+        raise KeyboardInterrupt
+    with Finished(tmp_path / "stage").timed():
+        pass
+    assert stage.seconds == 7.0
+
+
+def test_a_head_that_the_source_does_not_hold_is_named(classifier: dict[str, Any], tmp_path: Path) -> None:
+    """And a file of data that is not here, by the plan."""
+    base = tiny("bert", num_hidden_layers=3).bert
+    base.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    classifier["model"] = {"id": str(tmp_path / "base"), "task": "text-classification", "num_labels": 2}
+    classifier |= {"stages": [{"shrink": {"ffn": 64}}], "evaluate": None}
+    classifier.pop("baseline")
+    said: list[str] = []
+    facts = compress(parse(classifier), tmp_path / "out", say=said.append).facts
+    assert facts["new_weights"] == ["classifier.bias", "classifier.weight"]
+    assert any("drawn at random: classifier.bias, classifier.weight" in line for line in said)
+    assert "classifier.weight: not in the source" in (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "reviews.csv").unlink()
+    notes = plan(parse(classifier))[0].notes
+    assert notes == [f"will be REFUSED: there is no file {tmp_path / 'reviews.csv'}; next: mend the data: section"]
+    with pytest.raises(
+        CompressError, match=r"there is no file[\s\S]*next: mend the data: section\. `hf-compress plan`"
+    ):
+        require_possible(parse(classifier))

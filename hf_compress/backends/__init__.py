@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +23,7 @@ from hf_compress.oneshot.solvers import check_solver_options
 from hf_compress.registry import Registry
 from hf_compress.source import require_unquantized
 from hf_compress.verification import write_expectation, write_hashes
-from hf_compress.weights import Weight, weights
+from hf_compress.weights import Weight, require_finite, require_one_device, weights
 
 WORTH_A_WARNING = 0.99  # where a recipe would stop
 
@@ -36,12 +35,14 @@ class PartlyStored(UserWarning):
 @dataclass(frozen=True)
 class Written:
     """model: what the folder reloads as; None when only another environment opens it, which then answered for it.
-    coverage: what is stored in fewer bits, counted in the written model. facts: what the library measured."""
+    coverage: what is stored in fewer bits, counted in the written model. facts: what the library measured. warning:
+    what a reader of the folder must not do."""
 
     model: PreTrainedModel | None
     coverage: Coverage
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    warning: str = ""
 
 
 Backend = Callable[..., Written]
@@ -179,8 +180,7 @@ def quantize(
         batches: of input_ids and attention_mask, (batch, tokens) each, for a method or a backend that calibrates.
         scales: weight name -> (out, groups), where the weights lie on a grid already (`OneshotReport.scales`).
         say: told what a backend in another environment does.
-        options: the backend's own: dtype, quant_type, double_quant (bitsandbytes); activations (compressed-tensors);
-            quant_type, activations (torchao).
+        options: the backend's own: see ``hf-compress list BACKEND``.
 
     What the container cannot store stays as it was: see `Written.coverage`; more than 1% is warned of. `overrides`,
     `budget`, `smooth` and `eora` are keys of a recipe's quantize stage.
@@ -268,13 +268,8 @@ def _check_types(model: object, bits: object, group_size: object, batches: Itera
 def _require_sound(model: PreTrainedModel) -> None:
     """Libraries pack NaN without a word, and a second rounding, or fail deep inside."""
     require_unquantized(model, where="quantize")
-    for weight in weights(model):
-        if not torch.isfinite(torch.stack(weight.matrix.aminmax())).all():
-            raise CompressError(
-                "weights are not finite",
-                where=weight.name,
-                next_step="check the checkpoint, or the training that made it",
-            )
+    require_one_device(model, where="quantize")
+    require_finite(weights(model))
 
 
 def _check_scales(

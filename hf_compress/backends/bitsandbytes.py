@@ -49,7 +49,11 @@ def check(
 ) -> None:
     """Raise a CompressError for what this container does not have, whatever the model."""
     if bits not in (4, 8):
-        raise CompressError(f"bitsandbytes stores 4 or 8 bits, not {bits}", where="bits")
+        raise CompressError(
+            f"bitsandbytes stores 4 or 8 bits, not {bits}",
+            where="bits",
+            next_step="bits: 4 or 8, or backend: compressed-tensors for 2 to 8",
+        )
     if dtype not in (None, *DTYPES):
         raise CompressError(
             f"unknown dtype {dtype!r}", where="options.dtype", next_step=did_you_mean(str(dtype), DTYPES)
@@ -179,16 +183,19 @@ def bitsandbytes(
 @contextmanager
 def _as_encoded(model: PreTrainedModel, scales: Mapping[str, Tensor], points: Grid) -> Iterator[None]:
     """Inside, weights that a solver rounded hold level * scale as bitsandbytes is to find it; outside, level * what it
-    makes of the scale. It encodes by the one and decodes by the other."""
-    chosen = [(w, scales[w.name]) for w in weights(model) if w.name in scales]
-    levels = [codes(w.matrix, points.stored(scale), points) for w, scale in chosen]
-    kept = [w.matrix.clone() for w, _ in chosen]
+    makes of the scale. It encodes by the one and decodes by the other. Memory: a copy of the weights whose scale it
+    changes (int8, double_quant, a dtype)."""
+    kept: list[tuple[Weight, Tensor]] = []
     try:
-        for (weight, scale), level in zip(chosen, levels, strict=True):
-            weight.matrix.copy_(from_codes(level, scale))
+        for weight in (w for w in weights(model) if w.name in scales):
+            scale = scales[weight.name]
+            stored = points.stored(scale)
+            if not torch.equal(stored, scale):
+                kept.append((weight, weight.matrix.clone()))
+                weight.matrix.copy_(from_codes(codes(weight.matrix, stored, points), scale))
         yield
     finally:
-        for (weight, _), before in zip(chosen, kept, strict=True):
+        for weight, before in kept:
             weight.matrix.copy_(before)
 
 

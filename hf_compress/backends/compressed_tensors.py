@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.backends import Written, backends, check_group, dividing
 from hf_compress.coverage import coverage
-from hf_compress.errors import CompressError
+from hf_compress.errors import CompressError, at
 from hf_compress.families import expert_options, family_of
 from hf_compress.grids import Grid, codes, from_codes
 from hf_compress.grids import scales as find_scales
@@ -57,7 +57,11 @@ def check(
     """Raise a CompressError for what this container does not have, whatever the model."""
     for name, each in {"": Grid(bits, group_size), **(grids or {})}.items():
         if not 2 <= each.bits <= 8:
-            raise CompressError(f"this container stores 2 to 8 bits, not {each.bits}", where=name or "bits")
+            raise CompressError(
+                f"this container stores 2 to 8 bits, not {each.bits}",
+                where=name or "bits",
+                next_step="bits: 4 is usual",
+            )
         check_group(each.group_size, where=name or "group_size")
     if activations is not None and grids:
         raise CompressError(
@@ -73,12 +77,19 @@ def check(
         )
 
 
+MIXED = (
+    "its layers have different bits, and transformers' dequantize=True reads all with those of one, which gives wrong "
+    "answers"
+)
+
+
 class Packing:
     """How a folder stores the block matrices of `model` (only its names and shapes are read, so it may be on the meta
     device).
 
     grids: weight name -> its own grid, where it has one. reasons: weight -> why it stays as it is.
-    quantization_config: what config.json says of it. notes: what a reader of the card should know.
+    quantization_config: what config.json says of it. notes: what a reader of the card should know;
+    warning: what would make their answers wrong.
 
     Raises:
         CompressError: bits below 2 or above 8; Conv1D; with experts, a group size that does not divide every matrix
@@ -143,8 +154,7 @@ class Packing:
         self.notes: list[str] = []
         if activations is not None:
             self.notes.append("activations are rounded to int8 wherever the folder is run, accuracy included")
-        if len(targets) > 1:
-            self.notes.append("open it without dequantize=True, which reads every layer with the bits of one")
+        self.warning = MIXED if len(targets) > 1 else ""
 
     def encode(self, key: str, tensor: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         """What is stored for one tensor of a plain checkpoint: itself, or codes and scales named after it.
@@ -157,10 +167,9 @@ class Packing:
         if key not in self._packed:
             return {key: tensor}
         points = self._packed[key]
-        try:
+        given = scale is not None
+        with at(key):
             scale = find_scales(tensor, points) if scale is None else scale.to(tensor)
-        except CompressError as error:
-            raise CompressError(error.what, where=key, next_step=error.next_step) from error
         rounded = codes(tensor, scale, points).to(torch.int8)
         stored = {f"{key}_scale": scale.contiguous()}
         if self.activations is not None:
@@ -174,7 +183,9 @@ class Packing:
             raise CompressError(
                 f"the packed weight is off by {float(steps.max()):.2f} steps, more than rounding explains",
                 where=key,
-                next_step="report the versions of torch and compressed-tensors",
+                next_step=f"the scales were not chosen for {points.bits} bits; give those that chose them (QAT's own)"
+                if given
+                else "report the versions of torch and compressed-tensors",
             )
         return stored
 
@@ -288,4 +299,4 @@ def compressed_tensors(
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     again = type(model).from_pretrained(folder, **expert_options(model.config))
     packed = [w.name for w in weights(model) if w.name not in packing.reasons]
-    return Written(again.eval(), coverage(model, packed, packing.reasons), packing.notes)
+    return Written(again.eval(), coverage(model, packed, packing.reasons), packing.notes, warning=packing.warning)

@@ -14,6 +14,7 @@ from hf_compress.oneshot.solvers import solvers
 from hf_compress.registry import Registry
 from hf_compress.techniques.qat_options import METHODS
 
+NF4 = "https://arxiv.org/abs/2305.14314"
 _KINDS: dict[str, tuple[Registry[Any], ...]] = {  # where the names in a stage's options and facts are looked up
     "prune": (solvers, criteria),
     "train": (losses, criteria, solvers),
@@ -29,8 +30,10 @@ def papers(facts: dict[str, Any]) -> dict[str, str]:
         named = set(_words(options)) | set(_words(stage["facts"])) | {stage["quantized"]}
         for registry in _KINDS.get(stage["kind"], ()):
             found |= {entry.name: entry.paper for entry in registry if entry.name in named and entry.paper}
+        four_bits = stage["quantized"] == "bitsandbytes" and (options.get("quantize") or {}).get("bits") == 4
+        found |= {"nf4": NF4} if four_bits or "nf4" in named else {}
         method = stage["facts"].get("techniques", {}).get("QAT", {}).get("method")
-        found |= {method: METHODS[method]} if method in METHODS else {}
+        found |= {method: METHODS[method].paper} if method in METHODS else {}
     return found
 
 

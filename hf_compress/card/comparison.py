@@ -14,6 +14,11 @@ LABELS = {
 }
 
 
+def _small(value: float) -> str:
+    """Four decimals where they say something."""
+    return f"{value:.4f}" if value == 0 or value >= 1e-3 else f"{value:.1e}"
+
+
 def comparison(evaluation: dict[str, Any] | None, labels: Mapping[str, str] = LABELS) -> list[list[str]]:
     """Rows of the before/after table, the header first; [] without an evaluation. labels: artefact -> its column, in
     order."""
@@ -38,7 +43,7 @@ def comparison(evaluation: dict[str, Any] | None, labels: Mapping[str, str] = LA
     )
     row("memory after a forward", lambda a, n: "memory_mb" in a and f"{a['memory_mb']:.0f} MiB")
     row("zeros in block matrices", lambda a, n: a.get("sparsity") is not None and f"{a['sparsity']:.1%}")
-    for size in dense.get("latency", {}):
+    for size in dict.fromkeys(size for artefact in found.values() for size in artefact.get("latency", {})):
         row(
             f"batch {size}, p50 / p95",
             lambda a, n, s=size: (
@@ -77,6 +82,6 @@ def comparison(evaluation: dict[str, Any] | None, labels: Mapping[str, str] = LA
             "perplexity_difference" in a and "{value:.3f} ({low:.3f}, {high:.3f})".format(**a["perplexity_difference"])
         ),
     )
-    row("KL(dense, it)", lambda a, n: "kl_to_dense" in a and f"{a['kl_to_dense']:.4f}")
+    row("KL(dense, it)", lambda a, n: "kl_to_dense" in a and _small(a["kl_to_dense"]))
     row("same top answer as dense", lambda a, n: "agreement" in a and f"{a['agreement']:.2%}")
     return rows

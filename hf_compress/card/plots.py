@@ -47,7 +47,7 @@ def _save(path: Path, rows: list[Any], draw: Callable[[Axes, Any], None]) -> Non
 def _has_blocks(facts: dict[str, Any]) -> list[tuple[str, dict[str, list[tuple[int, float]]]]]:
     """(axis label, kind -> points) of each panel."""
     panels = []
-    for key, label in (("bits", "bits a weight, as stored"), ("zeros", "share of zeros")):
+    for key, label in (("bits", "bits a weight, with scales"), ("zeros", "share of zeros")):
         lines: dict[str, list[tuple[int, float]]] = {}
         for entry in facts.get("blocks", []):
             if entry[key] is not None:

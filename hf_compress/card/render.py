@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def render_card(facts: dict[str, Any], *, repo: str | None = None, plots: Collec
         "line": one_line,
         "url": quote,
     }
-    facts = {"in_progress": None} | facts
+    facts = {"in_progress": None, "new_weights": []} | facts
     template = environment.from_string((Path(__file__).parent / "template.md").read_text())
     recipe = dump_recipe(facts)
     card = template.render(
@@ -53,7 +54,7 @@ def render_card(facts: dict[str, Any], *, repo: str | None = None, plots: Collec
         table=comparison(facts["evaluation"]),
         recipe="" if "<!--" in recipe else recipe,  # it would be taken for one of the card's own marks
         fence=fence_for(recipe),
-        stages=list(zip(facts["stages"], _options(facts), strict=True)),
+        stages=list(zip(facts["stages"], _options(facts), map(_chosen, facts["stages"]), strict=True)),
         trained=any(s["kind"] == "train" for s in facts["stages"]),
         few=_few(facts),
         timed="latency" in root_of(facts),
@@ -126,6 +127,19 @@ def _options(facts: dict[str, Any]) -> list[str]:
     nothing for a script's."""
     entries = (facts.get("recipe") or {}).get("stages") or [None] * len(facts["stages"])
     return [_one_line_options(entry) for entry in entries]
+
+
+def _chosen(stage: dict[str, Any]) -> str:
+    """How many parts of the model a budget gave how many bits; "" without one."""
+    found = stage["facts"].get("allocation")
+    if found is None:
+        return ""
+    each = Counter(found["bits"].values())
+    said = ", ".join(f"{bits} bits for {count} part{'s' if count > 1 else ''}" for bits, count in sorted(each.items()))
+    return (
+        f"chosen under the budget, {found['average_bits']:.2f} bits a weight with scales: {said} (matrices that read "
+        "one input, or all experts; `hf_compress.json` names them)"
+    )
 
 
 def _one_line_options(entry: Any) -> str:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -36,11 +37,14 @@ class Artefact:
 
 
 def open_folder(name: str, folder: str, task: str) -> Artefact:
-    """A checkpoint through plain from_pretrained, in eval mode; in the environment of its library where it needs
-    one."""
+    """A checkpoint through plain from_pretrained, in eval mode, on the first GPU where there is one (bitsandbytes
+    goes there by itself, and would be timed against a dense model on the CPU); in the environment of its library
+    where it needs one."""
     if Path(folder).is_dir() and python_for(Path(folder)) != Path(sys.executable):
         return open_elsewhere(name, "gptq", Path(folder))
-    options = expert_options(transformers.AutoConfig.from_pretrained(folder))
+    options: dict[str, Any] = dict(expert_options(transformers.AutoConfig.from_pretrained(folder)))
+    if torch.cuda.is_available():
+        options["device_map"] = {"": 0}
     model: PreTrainedModel = getattr(transformers, TASKS[task]).from_pretrained(folder, **options).eval()
     disable_cpu_packing(model)
 

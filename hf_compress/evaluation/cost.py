@@ -104,15 +104,18 @@ def sparsity(model: PreTrainedModel) -> float | None:
 
 
 def memory_after_forward(folder: str, task: str, length: int) -> float:
-    """MiB of resident memory a fresh process holds more after plain from_pretrained and one forward than before it.
-    Weights that are mapped from their file count, since the forward needs them in memory."""
+    """MiB that a fresh process holds more after plain from_pretrained and one forward than before it: resident memory,
+    or, of a model on a GPU, memory allocated there. Weights that are mapped from their file count, since the forward
+    needs them in memory."""
     code = (
         "import gc, sys, psutil, torch, transformers\n"
         "transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()\n"
         "auto = getattr(transformers, sys.argv[2]); rss = lambda: psutil.Process().memory_info().rss\n"
-        "before = rss()\nmodel = auto.from_pretrained(sys.argv[1]).eval()\n"
-        "with torch.no_grad(): model(input_ids=torch.full((1, int(sys.argv[3])), 7))\n"
-        "gc.collect(); print('MB', (rss() - before) / 2**20)\n"
+        "place = {'device_map': {'': 0}} if torch.cuda.is_available() else {}\n"
+        "before = rss()\nmodel = auto.from_pretrained(sys.argv[1], **place).eval()\n"
+        "with torch.no_grad(): model(input_ids=torch.full((1, int(sys.argv[3])), 7, device=model.device))\n"
+        "gc.collect(); held = torch.cuda.memory_allocated() if place else rss() - before\n"
+        "print('MB', held / 2**20)\n"
     )
     python = python_for(Path(folder)) if Path(folder).is_dir() else Path(sys.executable)
     done = subprocess.run(

@@ -81,7 +81,8 @@ class Family:
 
 def expert_options(config: PreTrainedConfig) -> dict[str, str]:
     """Options for from_pretrained and from_config: on a CPU routed experts run `eager`, where that is fastest."""
-    routed = getattr(config, "num_experts_per_tok", None) is not None
+    found = (entry.value for entry in families if config.model_type in entry.value.model_types)
+    routed = any(family.experts is not None for family in found)
     return {"experts_implementation": "eager"} if routed and not torch.cuda.is_available() else {}
 
 

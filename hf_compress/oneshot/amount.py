@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_compress.errors import CompressError
+from hf_compress.errors import CompressError, at
 from hf_compress.patterns import check_fits, check_target, mask_of
 
 SAMPLE = 1 << 16  # scores that a rough threshold is read from
@@ -56,10 +56,8 @@ class Amount:
         Raises:
             CompressError: as `mask_of`, at the weight.
         """
-        try:
+        with at(name):
             return mask_of(scores, sparsity=self.of(name), pattern=self.pattern, group=self.group)
-        except CompressError as error:
-            raise CompressError(error.what, where=name, next_step=error.next_step) from error
 
     def rough_mask(self, scores: Tensor, name: str) -> Tensor:
         """As `mask`, but of a large matrix compared as a whole the threshold is read from a sample of its scores: for

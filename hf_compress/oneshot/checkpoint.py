@@ -4,6 +4,7 @@ time."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from hf_compress.families import expert_options
 from hf_compress.oneshot.engine import Notes, OneshotReport, run_blocks
 from hf_compress.oneshot.memory import fingerprint
 from hf_compress.oneshot.solvers import Solver
-from hf_compress.weights import Weight, blocks_of, stored_scales, weights
+from hf_compress.weights import KINDS, Weight, blocks_of, stored_scales, weights
 
 
 class Container(Protocol):
@@ -34,6 +35,7 @@ class Container(Protocol):
 
     quantization_config: dict[str, Any]
     notes: list[str]
+    warning: str
 
     def encode(self, key: str, tensor: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         """What is stored for the tensor `key` of a plain checkpoint: itself, or its codes and scales (`scale`: the one
@@ -61,7 +63,8 @@ def compress_checkpoint(
     Memory: one block and the activations; before them the embeddings, after them `PIECE` bytes of what is outside the
     blocks. FP8 block-scaled sources are read as bfloat16. Blocks are written as they are done to ``target.part``,
     which gets its name at the end; run again after an interruption, finished blocks are read back. Tensors outside
-    the blocks are copied, unpacked where they are FP8.
+    the blocks are copied, unpacked where they are FP8, but for those that transformers does not load either
+    (multi-token prediction): nothing here compresses them, and they would outweigh what does.
 
     Raises:
         CompressError: the target exists; a tensor the model needs is not in the source; a truncated shard; another
@@ -89,7 +92,7 @@ def compress_checkpoint(
     store = _Streamed(model, _Files(source), part, container, marker)
     report = run_blocks(model, batches, solver, store, only=only)
     trim()
-    store.finish(source)
+    report.dropped = store.finish(source)
     part.rename(target)
     (target / MARKER).unlink()
     left = {} if only is None else {w.name: "skipped by the recipe" for w in weights(model)}
@@ -273,12 +276,14 @@ class _Streamed:
         for child in module.modules():
             _let_go(child)
 
-    def finish(self, source: Path) -> None:
-        """Everything outside the blocks, the index, and the small files."""
+    def finish(self, source: Path) -> list[str]:
+        """Everything outside the blocks, the index, and the small files; the tensors that are left out."""
         blocks = tuple(f"{self.prefix}{i}." for i in range(len(blocks_of(self.model))))
         piece: dict[str, Tensor] = {}
         number = 0
-        keys = [k for k in self.files.where if not k.startswith(blocks) and not k.endswith("_scale_inv")]
+        wanted = {key for key in self.files.where if not key.endswith("_scale_inv")}
+        dropped = _not_loaded(self.model, wanted)
+        keys = [k for k in self.files.where if k in wanted - dropped and not k.startswith(blocks)]
         for place, key in enumerate(keys, 1):
             piece[key] = self.files.read(key)
             if place == len(keys) or sum(tensor.nbytes for tensor in piece.values()) >= PIECE:
@@ -286,7 +291,7 @@ class _Streamed:
                 piece, number = {}, number + 1
         written = _Files(self.part)
         stored = set(written.where) | {k.rpartition("_")[0] for k in written.where}  # a container's parts: KEY_scale
-        missing = {k for k in self.files.where if not k.endswith("_scale_inv")} - stored
+        missing = wanted - dropped - stored
         if missing:
             raise CompressError(
                 f"{len(missing)} tensors of the source were not written, such as {min(missing)!r}",
@@ -308,6 +313,15 @@ class _Streamed:
         if self.container is not None:
             config["quantization_config"] = self.container.quantization_config
         (self.part / "config.json").write_text(json.dumps(config, indent=2))
+        return sorted(dropped)
+
+
+def _not_loaded(model: PreTrainedModel, keys: set[str]) -> set[str]:
+    """Those of `keys` that from_pretrained passes over in silence: nothing of the model, and expected to lie there."""
+    expressions = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    own |= {key for weight in weights(model, KINDS) for key in weight.stored}
+    return {key for key in keys - own if any(re.search(expression, key) for expression in expressions)}
 
 
 def _let_go(module: nn.Module) -> None:

@@ -22,7 +22,7 @@ from hf_compress.oneshot.gather import Reading, StageStatistics, read, without_p
 from hf_compress.oneshot.order import InputGroup, stages_of
 from hf_compress.oneshot.solvers import Solved, Solver
 from hf_compress.oneshot.tuning import STEP_TOKENS, STEPS, Rounded, Tuning, tune
-from hf_compress.weights import Weight, blocks_of, weights
+from hf_compress.weights import Weight, blocks_of, require_finite, weights
 
 FEWEST = 0.25  # tokens for each input, below which nothing is fitted
 
@@ -63,13 +63,15 @@ class Store(Protocol):
 class OneshotReport:
     """touched: names. sparsity: share of zeros of each touched weight. starved: expert weight -> tokens it saw (fewer
     than 32). scarce: matrix -> tokens seen for each of its inputs, where that is below 1 and a solver fitted values
-    to them. scales: of the weights whose solver chose a grid, where the model stays in memory."""
+    to them. scales: of the weights whose solver chose a grid, where the model stays in memory. dropped: tensors of a
+    checkpoint that were not taken over, since transformers opens the model without them."""
 
     touched: list[str] = field(default_factory=list)
     sparsity: dict[str, float] = field(default_factory=dict)
     starved: dict[str, int] = field(default_factory=dict)
     scarce: dict[str, float] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
 
     @property
     def warning(self) -> str:
@@ -91,7 +93,13 @@ class OneshotReport:
             "starved_experts": self.starved,
             "scarce_inputs": self.scarce,
             "warning": self.warning,
-        }
+        } | ({"notes": [self._note()]} if self.dropped else {})
+
+    def _note(self) -> str:
+        return (
+            f"{len(self.dropped)} tensors of the source, such as {self.dropped[0]}, are not here: transformers does "
+            "not load them either (multi-token prediction)"
+        )
 
 
 @torch.no_grad()
@@ -143,6 +151,7 @@ def run_blocks(
         finished = store.finished(index)
         if solver.follows_dense or not finished:
             store.load(index)
+            require_finite(by_block[index])
         turn = _Turn(model, index, by_block[index], solver, calls)
         if solver.follows_dense:
             turn.run_dense(keep="drift" in solver.needs and not finished)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,22 @@ def low_rank_correction(missing: Tensor, hessian: Tensor, rank: int) -> tuple[Te
     return b, a, values
 
 
+def correctable(model: PreTrainedModel, only: Collection[str]) -> list[Weight]:
+    """Of the weights named in `only` those that an adapter corrects: beside routed experts only attention
+    (`SKIPPED`)."""
+    routed, wanted = family_of(model.config).experts is not None, set(only)
+    return [w for w in weights(model) if w.name in wanted and (w.kind == "attention" or not routed)]
+
+
 @torch.no_grad()
 def write_adapter(
-    model: PreTrainedModel, batches: list[Batch], dense: Mapping[str, Tensor], folder: Path, *, rank: int
+    model: PreTrainedModel,
+    batches: list[Batch],
+    dense: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    rank: int,
+    left: int = 0,
 ) -> dict[str, Any]:
     """Write a peft adapter for `model`, which holds what its container stores, into `folder`; facts of it.
 
@@ -69,15 +82,13 @@ def write_adapter(
     gives its layers the weight that peft looks for). H is that of the rounded model's inputs.
 
     Args:
-        dense: weight name -> (out, in) before rounding, of those to correct; beside routed experts only attention is
-        (`SKIPPED`).
+        dense: weight name -> (out, in) before rounding, of those that are `correctable`. left: how many more were
+        rounded, for the facts.
 
     Raises:
         CompressError: as `run_blocks`; nothing to correct.
     """
-    routed = family_of(model.config).experts is not None
-    plain = {w.name for w in weights(model) if w.name in dense and (w.kind == "attention" or not routed)}
-    if not plain:
+    if not dense:
         raise CompressError("no matrix to correct", where="eora", next_step="leave eora out")
     tensors: dict[str, Tensor] = {}
     before = after = 0.0
@@ -95,15 +106,15 @@ def write_adapter(
             before, after = before + float(squares.sum()), after + float(squares[rank:].sum())
         return [Solved(weight.matrix) for weight in group]
 
-    run_blocks(model, batches, Solver(correct, ("hessian",)), InMemory(model, None, ""), only=plain)
+    run_blocks(model, batches, Solver(correct, ("hessian",)), InMemory(model, None, ""), only=dense)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    modules = sorted(w.module_name for w in weights(model) if w.name in plain)
+    modules = sorted(w.module_name for w in weights(model) if w.name in dense)
     LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, inference_mode=True).save_pretrained(str(folder))
     return {
         "rank": rank,
         "matrices": len(modules),
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
         "error_left": after / before if before else 0.0,
-        "skipped": {SKIPPED: len(dense) - len(plain)} if len(dense) > len(plain) else {},
+        "skipped": {SKIPPED: left} if left else {},
     }

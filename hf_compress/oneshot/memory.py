@@ -19,7 +19,7 @@ from hf_compress.errors import CompressError
 from hf_compress.oneshot.engine import Notes, OneshotReport, run_blocks
 from hf_compress.oneshot.solvers import Solver
 from hf_compress.source import require_unquantized
-from hf_compress.weights import blocks_of, weights
+from hf_compress.weights import blocks_of, require_one_device, weights
 
 
 def compress_blocks(
@@ -34,9 +34,11 @@ def compress_blocks(
     the block when `resume_dir` is given.
 
     Raises:
-        CompressError: a quantized model; what the solver and `run_blocks` find wrong; blocks of another run.
+        CompressError: a quantized model, or one on several devices; what the solver and `run_blocks` find wrong;
+            blocks of another run.
     """
     require_unquantized(model, where="one-shot compression")
+    require_one_device(model, where="one-shot compression")
     values = [w.matrix[0, :64].float().cpu() for w in weights(model)] if resume_dir is not None else []
     facts = [model.config.to_dict(), solver.options, sorted(only) if only is not None else None]
     stamp = fingerprint(facts, values, batches)

@@ -14,6 +14,8 @@ from hf_compress.grids import Grid
 from hf_compress.oneshot.obs import COLUMNS
 from hf_compress.oneshot.problem import Problem
 
+UNKNOWNS = 1 << 26  # entries of the systems that `refit_scales` solves at once: 256 MB
+
 
 def obs_round(
     values: Tensor, gram: Tensor, step: Tensor, grid: Grid, fixed: Tensor, *, act_order: bool = True
@@ -85,8 +87,15 @@ def refit_scales(given: Problem, levels: Tensor, scale: Tensor) -> Tensor:
 
         A s = b,    A_gh = C_g G_gh C_h^T,    b_g = C_g B_g^T,    C = levels * ||x||
 
-    a least-squares problem of as many unknowns as a row has groups. Groups whose levels are all 0 keep theirs.
+    a least-squares problem of as many unknowns as a row has groups. Groups whose levels are all 0 keep theirs. Rows
+    are independent, and go `UNKNOWNS` entries of A at a time: those of a wide matrix would outweigh its block.
     """
+    rows = max(1, UNKNOWNS // scale.shape[1] ** 2)
+    parts = zip(given.right.split(rows), levels.split(rows), scale.split(rows), strict=True)
+    return torch.cat([_refit(given, *part) for part in parts])
+
+
+def _refit(given: Problem, right: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
     groups = scale.shape[1]
     shape = (groups, -1)
     codes = levels * given.norm
@@ -99,7 +108,7 @@ def refit_scales(given: Problem, levels: Tensor, scale: Tensor) -> Tensor:
         ],
         1,
     )
-    pull = (codes * given.right).unflatten(1, shape).sum(-1) - (square @ scale[..., None].float())[..., 0]
+    pull = (codes * right).unflatten(1, shape).sum(-1) - (square @ scale[..., None].float())[..., 0]
     ridge = 1e-6 * square.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-30)
     square.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     change: Tensor = torch.linalg.solve(square, pull)

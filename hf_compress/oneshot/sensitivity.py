@@ -53,7 +53,8 @@ def sensitivities(
     text and the grids, and read instead of being measured when these are the same.
 
     Args:
-        grids: bits -> grid. Memory: the model, a copy of the largest part, the answers to all batches.
+        grids: bits -> grid. Memory: the model, a copy of the largest part (of a mixture, its routed experts), the
+        answers to all batches.
 
     Raises:
         CompressError: answers that are not finite.
@@ -74,14 +75,18 @@ def sensitivities(
     for part, members in tqdm(parts.items(), desc="sensitivity", unit="part"):
         kept = [weight.matrix.clone() for weight in members]
         table[part] = {}
-        for bits, grid in grids.items():
-            for weight, solved in zip(members, solvers["rtn"](grid=grid).solve(members, Statistics()), strict=True):
-                weight.matrix.copy_(solved.values)
-            total = sum(
-                float(F.kl_div(_answers(model, batch), wanted, reduction="sum", log_target=True))
-                for batch, wanted in zip(batches, dense, strict=True)
-            )
-            table[part][bits] = total / count
+        try:
+            for bits, grid in grids.items():
+                nearest = solvers["rtn"](grid=grid)
+                for weight, before in zip(members, kept, strict=True):
+                    weight.matrix.copy_(before)
+                    weight.matrix.copy_(nearest.solve([weight], Statistics())[0].values)
+                total = sum(
+                    float(F.kl_div(_answers(model, batch), wanted, reduction="sum", log_target=True))
+                    for batch, wanted in zip(batches, dense, strict=True)
+                )
+                table[part][bits] = total / count
+        finally:
             for weight, before in zip(members, kept, strict=True):
                 weight.matrix.copy_(before)
     if file is not None:

@@ -152,7 +152,8 @@ def folds_of(model: PreTrainedModel, block: int) -> list[Fold]:
         for (attribute, expert), weight in stacked.items():
             if attribute == family.experts.gate_up:
                 down = [stacked[family.experts.down, expert]]
-                folds.append(Fold([weight.matrix.chunk(2)[1]], down, torch.arange(down[0].shape[1])))
+                reads = torch.arange(down[0].shape[1], device=weight.whole.device)
+                folds.append(Fold([weight.matrix.chunk(2)[1]], down, reads))
     return folds
 
 
@@ -167,10 +168,10 @@ def _fold(model: PreTrainedModel, source: nn.Module, readers: list[Weight]) -> F
     made = [p.data for name in ("weight", "bias") if (p := source._parameters.get(name)) is not None]
     channels, width = len(made[0]), readers[0].shape[1]
     if channels == width:
-        return Fold(made, readers, torch.arange(width))
+        return Fold(made, readers, torch.arange(width, device=made[0].device))
     config: Any = model.config  # values of a head are read by as many query heads as share it
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = torch.arange(channels).view(-1, 1, size)
+    heads = torch.arange(channels, device=made[0].device).view(-1, 1, size)
     return Fold(made, readers, heads.expand(-1, width // channels, -1).flatten())
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_compress.grids import Grid, from_codes
+from hf_compress.grids import Grid, codes, from_codes
 from hf_compress.oneshot.calls import Block, Call
 from hf_compress.oneshot.gradients import only_these_train
 from hf_compress.weights import Weight
@@ -149,8 +149,7 @@ class _Levels:
         self._weight, self._rounded, self._grid, self._rate = weight, rounded, grid, rate
         self._free = ~rounded.ratio.isnan()
         self._scale, self._start = rounded.scale, grid.stored(rounded.scale).float()
-        grouped = grid.groups(weight.matrix).float() / self._start[..., None]
-        self._level = grid.nearest(grouped).flatten(1)
+        self._level = codes(weight.matrix, self._start, grid)
         self._ratio = torch.where(self._free, rounded.ratio, self._level).float().contiguous()
         self._factor = torch.ones_like(self._start)
 

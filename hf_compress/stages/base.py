@@ -147,8 +147,12 @@ class Stage:
         before."""
 
     def calibrates(self, model: PreTrainedModel) -> bool:
-        """Whether it reads the recipe's text to compress `model` (on the meta device too)."""
+        """Whether it compresses `model` (on the meta device too) block by block on the recipe's text."""
         return False
+
+    def needs_text(self, model: PreTrainedModel) -> bool:
+        """Whether it reads the recipe's text at all."""
+        return self.calibrates(model)
 
     def run(self, work: Work) -> Done:
         raise NotImplementedError

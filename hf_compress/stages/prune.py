@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from hf_compress.coverage import coverage
-from hf_compress.errors import CompressError
+from hf_compress.errors import CompressError, at
 from hf_compress.oneshot import PruneOptions, compress_blocks, compress_checkpoint, empty_model
 from hf_compress.stages.base import CONTINUATIONS, Done, Stage, Work, check_continuations, facts_of_text, refuse_late
 from hf_compress.weights import weights
@@ -28,12 +28,8 @@ class Prune(PruneOptions, Stage):
     min_coverage: float = field(default=0.99, metadata={"help": "fail when less of the weights is touched"})
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
-        try:
+        with at(f"{where}: {{}}"):
             self.check_options()
-        except CompressError as error:
-            raise CompressError(
-                error.what, where=f"{where}: {error.where}".rstrip(": "), next_step=error.next_step
-            ) from error
         if self.streaming and self.whole_model:
             raise CompressError(
                 "gradients and owl need the whole model in memory",

@@ -12,11 +12,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_compress.backends import PartlyStored, backends, check_options, foresee, quantize
-from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.calibration import tokens_in
+from hf_compress.errors import CompressError, at, did_you_mean
 from hf_compress.grids import Grid
 from hf_compress.oneshot import Solver, compress_blocks, compress_checkpoint, empty_model, solvers
 from hf_compress.oneshot.allocation import allocate
-from hf_compress.oneshot.eora import Eora, write_adapter
+from hf_compress.oneshot.eora import Eora, correctable, write_adapter
 from hf_compress.oneshot.mixed import check_overrides, given_grids
 from hf_compress.oneshot.sensitivity import parts_of, sensitivities
 from hf_compress.oneshot.smoothing import Smooth, folds_of, smooth
@@ -81,25 +82,23 @@ class Quantize(Stage):
     continuations: int = field(default=0, metadata=CONTINUATIONS)
     options: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "further options of the backend (dtype, double_quant; quant_type; activations)"},
+        metadata={"help": "further options of the backend (see `hf-compress list bitsandbytes`)"},
     )
     min_coverage: float = field(
         default=0.99, metadata={"help": "fail when less of the weights, or of the experts, is stored in these bits"}
     )
 
     def check(self, work_kinds: list[str], *, where: str) -> None:
-        try:
+        with at(f"{where}.backend"):
             backends.entry(self.backend)
-        except CompressError as error:
-            raise CompressError(error.what, where=f"{where}.backend", next_step=error.next_step) from error
         check_options(self.backend, self.options, where=f"{where}.options")
         if self.samples < 1:
-            raise CompressError(f"{self.samples} rows calibrate nothing", where=f"{where}.samples")
+            raise CompressError(
+                f"{self.samples} rows calibrate nothing", where=f"{where}.samples", next_step="128 rows are usual"
+            )
         check_continuations(self.continuations, streaming=self.streaming, where=where)
-        try:
+        with at(f"{where}.{{}}"):
             self._check_bits()
-        except CompressError as error:
-            raise CompressError(error.what, where=f"{where}.{error.where}", next_step=error.next_step) from error
         for key, wanted in (("smooth", self.smooth), ("eora", self.eora)):
             if wanted is None:
                 continue
@@ -159,11 +158,8 @@ class Quantize(Stage):
             check(**scheme, **self.options, grids={"budget": replace(self._grid, bits=FEWEST)})
         check_overrides(self.overrides, where="overrides")
         for pattern, own in self.overrides.items():
-            try:
+            with at(f"overrides: {pattern!r}: {{}}"):
                 check(**(scheme | own), **self.options)
-            except CompressError as error:
-                where = f"overrides: {pattern!r}: {error.where}"
-                raise CompressError(error.what, where=where, next_step=error.next_step) from error
 
     def scheme(self, model: PreTrainedModel) -> dict[str, Any]:
         """bits, group_size and, where some weights of `model` have others, grids: what the backend and its traits are
@@ -236,7 +232,8 @@ class Quantize(Stage):
         average = sum(sizes[name][bits] for name, bits in chosen.items()) / count
         chosen.pop(OVERRIDDEN, None)
         kl = sum(losses[name][bits] for name, bits in chosen.items())
-        return {"budget": self.budget, "average_bits": average, "sum_of_kl": kl, "bits": chosen}
+        read = tokens_in(batches)
+        return {"budget": self.budget, "average_bits": average, "sum_of_kl": kl, "tokens": read, "bits": chosen}
 
     @property
     def _grid(self) -> Grid:
@@ -249,10 +246,13 @@ class Quantize(Stage):
         return solvers[self.method or default](grid=self._grid, grids=scheme.get("grids"), **self.solver_options)
 
     def calibrates(self, model: PreTrainedModel) -> bool:
-        asked = (self.smooth, self.eora, self.budget, backends.entry(self.backend).traits.get("environment"))
+        asked = (self.smooth, self.eora, backends.entry(self.backend).traits.get("environment"))
         return any(each is not None for each in asked) or (
             self.method is not None and self._rounding({}, self.method).reads_text
         )
+
+    def needs_text(self, model: PreTrainedModel) -> bool:
+        return self.budget is not None or self.calibrates(model)
 
     def run(self, work: Work) -> Done:
         saved = work.folder / "quantized"
@@ -271,10 +271,12 @@ class Quantize(Stage):
             report, _ = compress_checkpoint(
                 Path(work.checkpoint), saved, batches, solver, only=only, container=packing
             )
-            facts = report.facts() | {"notes": packing.notes} | (facts_of_text(batches, 0) if batches else {})
+            facts = report.facts() | (facts_of_text(batches, 0) if batches else {})
+            facts["notes"] = packing.notes + facts.get("notes", [])
+            facts["warning"] = _both(report.warning, packing.warning)
             return Done(None, facts, foreseen.coverage, saved, quantized=self.backend)
         scheme = self.scheme(work.model)
-        scales, facts = work.scales if "packing" in traits else None, {}
+        scales, facts = work.scales if "grid" in traits and not self._grid.pinned else None, {}
         if self.budget is not None:
             facts["allocation"] = self._allocate(work, scheme)
         ours = self.method or ("rtn" if self.eora is not None else None)
@@ -288,7 +290,8 @@ class Quantize(Stage):
         if self.smooth is not None:
             own = scheme.get("grids")
             facts["smooth"] = smooth(work.model, batches, self.smooth, self._grid, grids=own, only=only)
-        dense = {w.name: w.matrix.clone() for w in weights(work.model) if w.name in only and self.eora is not None}
+        corrected = correctable(work.model, only) if self.eora is not None else []
+        dense = {weight.name: weight.matrix.clone() for weight in corrected}
         if rounding is not None:
             report = compress_blocks(work.model, batches, rounding, only=only, resume_dir=work.folder / "blocks")
             scales, facts = report.scales, facts | report.facts()
@@ -296,7 +299,9 @@ class Quantize(Stage):
         if self.eora is not None:
             extras["adapter"] = work.folder / "adapter"
             shutil.rmtree(extras["adapter"], ignore_errors=True)
-            facts["eora"] = write_adapter(work.model, batches, dense, extras["adapter"], rank=self.eora.rank)
+            facts["eora"] = write_adapter(
+                work.model, batches, dense, extras["adapter"], rank=self.eora.rank, left=len(only) - len(dense)
+            )
             del dense
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PartlyStored)
@@ -313,8 +318,12 @@ class Quantize(Stage):
             )
         written.coverage.require(self.min_coverage, where=where)
         notes = facts.pop("notes", []) + written.notes + ([ADAPTER] if extras else [])
-        facts |= written.facts | {"notes": notes}
+        facts |= written.facts | {"notes": notes, "warning": _both(facts.get("warning", ""), written.warning)}
         return Done(written.model, facts, written.coverage, saved, extras, quantized=self.backend)
+
+
+def _both(*warnings: str) -> str:
+    return "; ".join(filter(None, warnings))
 
 
 def _free(model: PreTrainedModel, fixed: dict[str, Grid]) -> dict[str, list[Weight]]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_compress.coverage import coverage
 from hf_compress.data import Data, Rows, prepare
-from hf_compress.errors import CompressError, did_you_mean
+from hf_compress.errors import CompressError, at, did_you_mean
 from hf_compress.precision import bfloat16_is_fast
 from hf_compress.stages.base import Done, Stage, Work, refuse_late
 from hf_compress.stages.interruption import StopAfterSaving, last_whole_checkpoint
@@ -38,6 +38,7 @@ _ARGUMENTS = {  # name -> type
 _OURS = {
     "output_dir": "the run's folder is chosen by --output",
     "seed": "set the recipe's own `seed`",
+    "save_only_model": "an interrupted run goes on from its checkpoints, optimizer included",
     "hub_token": "recipes are published with the result; log in with `hf auth login`",
     "push_to_hub_token": "recipes are published with the result; log in with `hf auth login`",
     "push_to_hub": "give the recipe a `publish:` section; the finished folder is published, not a training checkpoint",
@@ -104,14 +105,10 @@ class Train(Stage):
                 f"TrainingArguments refuses these: {str(error).splitlines()[0]}", where=f"{where}.args"
             ) from error
         for technique in self.techniques:
-            try:
+            with at(f"{where}: {{}}"):
                 technique.check()
                 if technique is self.qat:
                     check_beside(self.qat, pruned=self.prune is not None, adapted=self.lora is not None)
-            except CompressError as error:
-                raise CompressError(
-                    error.what, where=f"{where}: {error.where}".rstrip(": "), next_step=error.next_step
-                ) from error
         if self.distill is not None:
             check_task_weight(self.distill, self.task_weight)
         if "quantize" in work_kinds and (self.lora is None or self.prune is not None or self.qat is not None):
@@ -147,7 +144,7 @@ class Train(Stage):
             arguments.logging_steps = _logged_every(arguments, rows)
         if arguments.bf16 and arguments.use_cpu and not bfloat16_is_fast("cpu"):
             work.say("  this CPU has no instructions for bfloat16: several times slower than args: {bf16: auto}")
-        stop = StopAfterSaving()
+        stop = StopAfterSaving(work.say)
         trainer = CompressionTrainer(
             student,
             techniques=techniques,
@@ -163,14 +160,13 @@ class Train(Stage):
         if earlier is not None:
             work.say(f"  going on from {Path(earlier).name}")
         with stop:
-            outcome = trainer.train(resume_from_checkpoint=earlier)
+            trainer.train(resume_from_checkpoint=earlier)
         if cached is not None:  # the Trainer switches it off, and what is saved would generate without a cache
             model.config.use_cache = cached
         own = {type(t).__name__: t.facts() for t in techniques}
         facts = {
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
-            "seconds": outcome.metrics["train_runtime"],
             "bf16": arguments.bf16,
             "log": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
             "frozen": frozen,

@@ -11,10 +11,12 @@ from hf_compress.backends import backends
 from hf_compress.errors import CompressError
 from hf_compress.selection import without
 from hf_compress.stages.base import Stage
+from hf_compress.stages.cache import Cache
 from hf_compress.stages.export import Export
 from hf_compress.stages.quantize import Quantize
 from hf_compress.stages.train import Train
 from hf_compress.techniques.qat import QAT
+from hf_compress.techniques.qat_options import METHODS
 from hf_compress.weights import weights
 
 
@@ -32,7 +34,7 @@ def check_trained_grids(stages: Sequence[tuple[str, Stage]]) -> None:
         elif isinstance(stage, Quantize):
             if qat is not None:
                 _check_stores(stage, qat, name, between, where=here)
-        elif not isinstance(stage, Export):
+        elif not isinstance(stage, Export | Cache):
             between = between or here
 
 
@@ -52,7 +54,8 @@ def _check_stores(stage: Quantize, qat: QAT, name: str, between: str, *, where: 
         )
     stored = traits["grid"](bits=stage.bits, group_size=stage.group_size, **stage.options)
     activations = stage.options.get("activations")
-    moves = stored.pinned and not trained.pinned and (qat.method != "ste" or qat.freeze_after is not None)
+    follows = not METHODS[qat.method].learns and qat.freeze_after is None
+    moves = stored.pinned and not trained.pinned and not follows
     wrong = {
         f"{name} trained {trained.facts()}, and {stage.backend} stores {stored.facts()} here": (
             trained.facts() != stored.facts()

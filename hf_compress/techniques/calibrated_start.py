@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,10 +56,16 @@ def _as_dataset(rows: Any, samples: int, seed: int) -> Dataset:
 
 
 def solved(
-    model: nn.Module, wanted: Sequence[Weight], grid: Grid, batches: list[Batch], *, epochs: int
+    model: nn.Module,
+    wanted: Sequence[Weight],
+    grid: Grid,
+    batches: list[Batch],
+    *,
+    epochs: int,
+    resume_dir: Path | None = None,
 ) -> dict[str, Tensor]:
     """Put the values that ``gptq`` (with `epochs` of its tuning) rounds `wanted` to into the model, and leave it in
-    evaluation mode; weight name -> their scales (out, groups).
+    evaluation mode; weight name -> their scales (out, groups). resume_dir: as `compress_blocks`.
 
     Every rank does it on the same rows, and takes what rank 0 found: products of two devices differ in their last
     digits, and levels beside a rounding border with them.
@@ -67,7 +74,8 @@ def solved(
         CompressError: as `compress_blocks`.
     """
     names = [weight.name for weight in wanted]
-    report = compress_blocks(base_of(model), batches, solvers["gptq"](grid=grid, epochs=epochs), only=names)
+    solver = solvers["gptq"](grid=grid, epochs=epochs)
+    report = compress_blocks(base_of(model), batches, solver, only=names, resume_dir=resume_dir)
     if torch.distributed.is_initialized():
         for value in [*{w.parameter: w.whole.data for w in wanted}.values(), *report.scales.values()]:
             torch.distributed.broadcast(value, src=0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor
 
 from hf_compress.budgets import outlier_ratio, owl
-from hf_compress.errors import CompressError
+from hf_compress.errors import CompressError, at
 from hf_compress.patterns import NM, global_masks, mask_of, parse_pattern
 from hf_compress.techniques.masking import Masks
 from hf_compress.weights import Weight
@@ -33,10 +33,8 @@ def chosen(
         return
     for weight in masks.weights:
         own = sparsity * shares[weight.name]
-        try:
+        with at(weight.name):
             mask = mask_of(score(weight), sparsity=own, pattern=pattern, group=group, within=masks.of(weight))
-        except CompressError as error:
-            raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
         yield weight, mask
 
 

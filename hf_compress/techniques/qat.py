@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +26,11 @@ from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.inputs import Inputs
 from hf_compress.techniques.lora import check_teacher, merge_in_forward
 from hf_compress.techniques.pruning import Pruning
-from hf_compress.techniques.qat_options import check_beside, check_options, notes
+from hf_compress.techniques.qat_options import METHODS, check_beside, check_options, notes
 from hf_compress.techniques.rounding import Rounding
 from hf_compress.techniques.schedule import steps_in_epoch, steps_of
 from hf_compress.techniques.shadows import Change, shadow
-from hf_compress.weights import Weight, base_of, weights
+from hf_compress.weights import Weight, base_of, require_one_device, weights
 
 if TYPE_CHECKING:
     from hf_compress.trainer import CompressionTrainer
@@ -149,14 +151,16 @@ class QAT(Technique):
 
     def attach(self, model: nn.Module) -> None:
         require_unquantized(model, where="qat")
+        require_one_device(model, where="qat")
         self.check_model(model)
         parts = self._parts(model)
         everything = [weight for several in parts for weight in several]
         self._adapted = merge_in_forward(model, everything, where="qat")
-        learn, fixed = self.method != "ste", self.method == "scales"
+        method = METHODS[self.method]
         self._weights = everything
         self._roundings = [
-            Rounding(several, self.grid, learn=learn, fixed=fixed, start=self.scale_start) for several in parts
+            Rounding(several, self.grid, learn=method.learns, fixed=method.fixed, start=self.scale_start)
+            for several in parts
         ]
         self._scales: dict[str, Tensor] | None = None
         self._on, self._first, self._freeze, self._read = False, 0, -1, 0
@@ -206,14 +210,27 @@ class QAT(Technique):
         if self.start == "gptq":
             batches = training_batches(self._trainer, self.samples)
             writer, seed = base_of(self._trainer.model), self._trainer.args.seed
-            batches = with_continuations(writer, batches, self.continuations, seed=seed)
+            kept = self._kept_start
+            if kept is not None:
+                kept.mkdir(parents=True, exist_ok=True)
+            saved = None if kept is None else kept / "continuations.safetensors"
+            batches = with_continuations(writer, batches, self.continuations, seed=seed, saved=saved)
             self._read = tokens_in(batches)
-            scales = solved(self._trainer.model, self._weights, self.grid, batches, epochs=self.start_epochs)
+            scales = solved(
+                self._trainer.model, self._weights, self.grid, batches, epochs=self.start_epochs, resume_dir=kept
+            )
         self._on = True
         for rounding in self._roundings:
             rounding.begin(self._stored(rounding), scales)
         if self._inputs is not None:
             self._inputs.on = True
+
+    @property
+    def _kept_start(self) -> Path | None:
+        """Where blocks that gptq has rounded wait for the run's first checkpoint, so that an interruption before it
+        loses none; None where they are of weights that trained before, or of several ranks."""
+        alone = not torch.distributed.is_initialized()
+        return Path(self._trainer.args.output_dir) / "qat-start" if alone and self.begin == 0 else None
 
     def prepare(self, trainer: CompressionTrainer) -> None:
         check_teacher(trainer.techniques, self._weights, self._adapted, where="qat")
@@ -229,7 +246,7 @@ class QAT(Technique):
         self._trainer = trainer
         for rounding in self._roundings:
             rounding.to(trainer.args.device)
-        wholes = [rounding.parts[0].whole for rounding in self._roundings] if self.method == "scales" else []
+        wholes = [rounding.parts[0].whole for rounding in self._roundings] if METHODS[self.method].fixed else []
         self._resting = [whole for whole in wholes if whole.requires_grad]
         for whole in self._resting:
             whole.requires_grad_(False)
@@ -295,6 +312,8 @@ class QAT(Technique):
 
     @torch.no_grad()
     def finalize(self, model: nn.Module) -> None:
+        if self._kept_start is not None:
+            shutil.rmtree(self._kept_start, ignore_errors=True)
         for hook in self._hooks:
             hook.remove()
         if self._inputs is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_compress.bnb_guard import BLOCK
@@ -13,10 +14,20 @@ from hf_compress.techniques.schedule import parse_when
 if TYPE_CHECKING:
     from hf_compress.techniques.qat import QAT
 
-METHODS = {  # and their papers
-    "ste": "https://arxiv.org/abs/1308.3432",
-    "lsq": "https://arxiv.org/abs/1902.08153",
-    "scales": "https://arxiv.org/abs/2407.11062",
+
+@dataclass(frozen=True)
+class Method:
+    """learns: scales train, in steps of their own; else they follow the largest weight. fixed: the levels stay."""
+
+    paper: str
+    learns: bool = False
+    fixed: bool = False
+
+
+METHODS = {
+    "ste": Method("https://arxiv.org/abs/1308.3432"),
+    "lsq": Method("https://arxiv.org/abs/1902.08153", learns=True),
+    "scales": Method("https://arxiv.org/abs/2407.11062", learns=True, fixed=True),
 }
 SCALE_STARTS = ("search", "mean")
 STARTS = ("dense", "gptq")
@@ -38,7 +49,7 @@ def check_options(options: QAT) -> None:
             raise CompressError(f"{given!r} is no whole number", where=f"qat.{key}", next_step="leave out quotes")
     number, unit = parse_when(options.begin, where="qat.begin")
     frozen = None if options.freeze_after is None else parse_when(options.freeze_after, where="qat.freeze_after")
-    acts, solved, fixed = options.activations, options.start == "gptq", options.method == "scales"
+    acts, solved, fixed = options.activations, options.start == "gptq", METHODS[options.method].fixed
     wrong = {
         (f"{options.bits} bits are not between 2 and 8", "bits"): not 2 <= options.bits <= 8,
         (f"{options.kind} has 4 bits", "bits"): options.kind in ("nf4", "fp4") and options.bits != 4,
@@ -67,7 +78,7 @@ def check_options(options: QAT) -> None:
         (f"gptq has no form for {options.kind}", "start"): solved and options.kind not in ("int", "nf4", "fp4"),
         ("ste would find other scales than gptq chose; method: lsq and scales keep them", "start"): solved
         and options.kind == "int"
-        and options.method == "ste",
+        and not METHODS[options.method].learns,
         ("training begins with gptq's scales, so this would do nothing", "scale_start"): solved
         and options.scale_start != "search",
     }
@@ -84,13 +95,13 @@ def check_beside(options: QAT, *, pruned: bool, adapted: bool) -> None:
             where="qat.start",
             next_step="train whole weights, or leave start out",
         )
-    if adapted and options.method == "scales":
+    if adapted and METHODS[options.method].fixed:
         raise CompressError(
             "adapters would move W + BA off the codes, and those stay",
             where="qat.method",
             next_step="method: lsq, or train without lora",
         )
-    if pruned and options.method == "scales":
+    if pruned and METHODS[options.method].fixed:
         raise CompressError(
             "the weights stay as they begin, and pruning would choose among them as they train",
             where="qat.method",

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from hf_compress.errors import CompressError
+from hf_compress.errors import CompressError, at
 from hf_compress.grids import (
     Grid,
     at_scale,
@@ -43,10 +43,8 @@ class Rounding:
         self.parts, self.grid, self._start, self._fixed = parts, grid, start, fixed
         self.name, self._dtype = parts[0].parameter, parts[0].matrix.dtype
         self._slow = (self._group * max(1, (1 << (grid.bits - 1)) - 1)) ** -0.5
-        try:
+        with at(parts[0].name):
             shape = spanning(self._rows(parts[0].whole.detach()), Grid(grid.bits, grid.group_size))[0].shape
-        except CompressError as error:
-            raise CompressError(error.what, where=parts[0].name, next_step=error.next_step) from error
         self.theta = nn.Parameter(torch.zeros(shape, device=parts[0].whole.device)) if learn else None
         self._kept: dict[str, Tensor] = {}  # sign, scale (frozen), zero, first (the scale that fixed levels count in)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_compress import quantize
-from hf_compress.backends import backends
+from hf_compress.backends import backends, bitsandbytes
 from hf_compress.bnb_guard import disable_cpu_packing
 from hf_compress.errors import CompressError
 from hf_compress.grids import FP4, NF4
@@ -95,9 +95,10 @@ def test_the_opened_folder_answers_as_the_calibrated_model_and_nearer_to_the_den
 
 def test_codes_that_would_be_others_are_refused(tmp_path: Path) -> None:
     model = tiny("llama")
-    scales = {n: s * 1.5 for n, s in calibrated(model, SCHEMES["nf4"]).scales.items()}
+    scheme = SCHEMES["nf4 double"]  # else bitsandbytes finds the right scales whatever is said
+    scales = {n: s * 1.5 for n, s in calibrated(model, scheme).scales.items()}
     with pytest.raises(CompressError, match="differs from the one that was chosen"):
-        quantize(model, tmp_path / "out", backend="bitsandbytes", bits=4, scales=scales)
+        quantize(model, tmp_path / "out", backend="bitsandbytes", scales=scales, **scheme)
     assert not (tmp_path / "out").exists()
 
 
@@ -115,3 +116,34 @@ def test_one_call_rounds_with_a_solver_and_writes(tmp_path: Path) -> None:
         with pytest.raises(CompressError, match=what):
             quantize(tiny("llama"), tmp_path / "no", bits=4, **({"method": "gptq", "batches": batches()} | wrong))
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "nf4 double", "int8"])
+@pytest.mark.parametrize(("method", "options"), [("rtn", {}), ("gptq", {"epochs": 1})])
+def test_groups_of_zeros_are_stored_as_such(method: str, options: dict, scheme: str, tmp_path: Path) -> None:
+    """bitsandbytes finds scale 0 there, and double_quant takes the mean of all scales."""
+    model = tiny("llama")
+    for weight in weights(model):
+        weight.matrix.mul_(0.1)[: weight.shape[0] // 4] = 0
+    solver = solvers[method](grid=backends.entry("bitsandbytes").traits["grid"](**SCHEMES[scheme]), **options)
+    report = compress_blocks(model, batches() if solver.needs else [], solver)
+    quantize(model, tmp_path / "out", backend="bitsandbytes", scales=report.scales, **SCHEMES[scheme])
+    again = type(model).from_pretrained(tmp_path / "out").eval()
+    disable_cpu_packing(again)
+    for weight in weights(model):
+        found = decoded(again.get_submodule(weight.module_name))
+        assert bool((found[: weight.shape[0] // 4] == 0).all())
+        assert bool((found[weight.shape[0] // 4 :] != 0).any())
+
+
+def test_only_what_is_stored_with_another_scale_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, encoded = bitsandbytes.codes, []
+    monkeypatch.setattr(bitsandbytes, "codes", lambda *args: (encoded.append(1), encode(*args))[1])
+    for scheme in ("nf4", "nf4 double"):
+        model = tiny("llama")
+        report, before = calibrated(model, SCHEMES[scheme]), {w.name: w.matrix.clone() for w in weights(model)}
+        points = backends.entry("bitsandbytes").traits["grid"](**SCHEMES[scheme])
+        with bitsandbytes._as_encoded(model, report.scales, points):
+            moved = [w.name for w in weights(model) if not torch.equal(w.matrix, before[w.name])]
+        assert bool(moved) is bool(encoded) is (scheme == "nf4 double")
+        assert all(torch.equal(w.matrix, before[w.name]) for w in weights(model))

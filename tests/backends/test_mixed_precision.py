@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from hf_compress import quantize
 from hf_compress.backends import backends
+from hf_compress.backends.compressed_tensors import MIXED
 from hf_compress.errors import CompressError
 from hf_compress.grids import Grid, fake_quantize, scales
 from hf_compress.oneshot import compress_blocks, compress_checkpoint, empty_model, solvers
@@ -97,6 +98,7 @@ def test_plan_says_how_many_bits_that_is(name: str, tmp_path: Path) -> None:
     size = sum(t.nbytes for key, t in stored.items() if key.endswith(("_packed", "_scale")))
     count = sum(w.shape[0] * w.shape[1] for w in weights(tiny(name)))
     (row,) = plan(parse(dict(stage(name, tmp_path, overrides=OVERRIDES[name]))))[1:]
+    assert MIXED in row.notes
     assert f"bits a weight: {8 * size / count:.2f}, scales included" in row.notes
     assert not any("REFUSED" in note for note in row.notes)
     assert written.coverage.share == 1.0

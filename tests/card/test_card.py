@@ -16,7 +16,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 import hf_compress.card
-from hf_compress.card import FACTS, differing_sections, read_facts, render_card, write_card
+from hf_compress.card import FACTS, comparison, differing_sections, read_facts, render_card, write_card
 from hf_compress.card.citations import bibtex, papers
 from hf_compress.card.metadata import eval_results
 from hf_compress.card.plots import _draw_losses
@@ -194,7 +194,7 @@ def test_hostile_text_stays_text(text: str) -> None:
 
 def test_citations_follow_the_methods() -> None:
     facts = read_facts(ROOT / "smollm2-sparse")
-    assert set(papers(facts)) == {"alps", "forward_kl", "bitsandbytes"}
+    assert set(papers(facts)) == {"alps", "forward_kl", "bitsandbytes", "nf4"}
     assert "meng2024alps" in bibtex(facts)
     assert "magnitude" not in papers(facts)  # held under a constant schedule: it chose nothing
     facts["stages"][1]["facts"]["techniques"]["Pruning"]["schedule"] = "cubic"
@@ -290,3 +290,34 @@ def test_a_card_with_plots_is_what_its_facts_give(name: str, tmp_path: Path) -> 
     assert differing_sections(folder) == []
     (folder / "README.md").write_text((folder / "README.md").read_text().replace("MB |", "GB |", 1))
     assert differing_sections(folder) == ["comparison"]
+
+
+def test_a_small_divergence_is_not_none() -> None:
+    evaluation = read_facts(ROOT / "deepseek-v3-w4")["evaluation"]
+    for value, said in ((0.0, "0.0000"), (2.04e-6, "2.0e-06"), (0.0123, "0.0123")):
+        evaluation["artefacts"]["root"]["kl_to_dense"] = value
+        assert next(row for row in comparison(evaluation) if row[0] == "KL(dense, it)")[-1] == said
+
+
+def test_limits_say_what_makes_the_figures_mean_less() -> None:
+    facts = read_facts(ROOT / "quickstart")
+    limits = lambda: render_card(facts).partition("## Limits")[2]  # noqa: E731
+    facts["new_weights"] = ["classifier.weight"]
+    facts["recipe"]["model"]["dequantize"] = True
+    assert "classifier.weight" not in limits()  # trained since
+    assert "what its own rounding lost stays lost" in limits()
+    facts["stages"] = [stage for stage in facts["stages"] if stage["kind"] != "train"]
+    facts["recipe"]["stages"] = [each for each in facts["recipe"]["stages"] if "train" not in each]
+    assert "classifier.weight: not in the source, drawn at random and never trained" in limits()
+
+
+def test_nf4_is_cited_where_weights_are_stored_in_it() -> None:
+    facts = read_facts(ROOT / "quickstart")
+    facts["stages"], facts["recipe"]["stages"] = (
+        facts["stages"][-1:],
+        [{"quantize": {"backend": "bitsandbytes", "bits": 8}}],
+    )
+    facts["stages"][0] |= {"kind": "quantize", "quantized": "bitsandbytes"}
+    assert "QLoRA" not in bibtex(facts)
+    facts["recipe"]["stages"][0]["quantize"]["bits"] = 4
+    assert "dettmers2023qlora" in bibtex(facts)

@@ -149,6 +149,9 @@ def test_a_recipe_meets_its_budget_in_stored_bits(tmp_path: Path) -> None:
     assert average == pytest.approx(facts["average_bits"])
     assert 4.0 < average <= 4.2
     assert len(set(facts["bits"].values())) > 1
+    card = (result.folder / "README.md").read_text()
+    assert f"chosen under the budget, {average:.2f} bits a weight with scales: 2 bits for " in card
+    assert "dequantize=True reads all with those of one" in card.partition("## Limits")[2]
     shape = stored["model.layers.0.self_attn.q_proj.weight_packed"].shape
     assert shape[1] == 64 * 8 // 32
 
@@ -171,3 +174,30 @@ def test_what_has_no_budget_is_refused_from_the_recipe_alone(
 def test_a_budget_that_cannot_be_met_stops_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(CompressError, match="below the least"):
         plan(parse(recipe(tmp_path, budget=2.0)))
+
+
+def test_a_part_that_could_not_be_judged_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, answers, calls = tiny("deepseek_v3"), sensitivity._answers, []
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def failing(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > len(batches()):
+            raise CompressError("not finite")
+        return answers(*args)
+
+    monkeypatch.setattr(sensitivity, "_answers", failing)
+    with pytest.raises(CompressError, match="not finite"):
+        sensitivities(model, batches(), {EXPERTS: parts_of(model)[EXPERTS]}, {2: Grid(2, 32)})
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_budget_alone_calibrates_nothing_and_says_what_it_read(tmp_path: Path) -> None:
+    made = recipe(tmp_path, budget=4.2, samples=20)
+    facts = compress(parse(made), tmp_path / "out").facts["stages"][0]["facts"]
+    assert "calibration_tokens" not in facts
+    assert facts["allocation"]["tokens"] == 8 * 16
+    notes = plan(parse(recipe(tmp_path, budget=4.2, continuations=1)))[1].notes
+    assert any("REFUSED: continuations are text" in note for note in notes)
+    (row,) = plan(parse({key: value for key, value in made.items() if key != "data"}))[1:]
+    assert any("it reads text, and the recipe has no data" in note for note in row.notes)

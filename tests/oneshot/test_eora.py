@@ -13,7 +13,7 @@ from hf_compress import quantize
 from hf_compress.backends import backends
 from hf_compress.errors import CompressError
 from hf_compress.oneshot import compress_blocks, solvers
-from hf_compress.oneshot.eora import low_rank_correction, write_adapter
+from hf_compress.oneshot.eora import correctable, low_rank_correction, write_adapter
 from hf_compress.pipeline import compress
 from hf_compress.recipe import parse
 from hf_compress.weights import weights
@@ -79,7 +79,9 @@ def test_peft_opens_it_and_the_quantized_model_is_nearer_to_the_dense_one(
     before = {w.name: w.matrix.clone() for w in weights(model)}
     solver = solvers[solving["method"]](grid=grid, **{key: solving[key] for key in solving.keys() - {"method"}})
     scales = compress_blocks(model, batches() if solver.needs else [], solver).scales
-    facts = write_adapter(model, batches(), before, tmp_path / "adapter", rank=16)
+    dense = {weight.name: before[weight.name] for weight in correctable(model, before)}
+    left = len(before) - len(dense)
+    facts = write_adapter(model, batches(), dense, tmp_path / "adapter", rank=16, left=left)
     plain = [w for w in weights(model) if name != "deepseek_v3" or w.kind == "attention"]
     assert facts["matrices"] == len(plain) == len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) / 2
     assert sum(facts["skipped"].values()) == len(before) - len(plain)

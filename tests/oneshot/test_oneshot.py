@@ -31,9 +31,10 @@ from hf_compress.oneshot.engine import Notes
 from hf_compress.oneshot.memory import InMemory
 from hf_compress.source import ModelSource
 from hf_compress.stages import Quantize, Work
+from hf_compress.techniques.qat import QAT
 from hf_compress.weights import blocks_of, weights
 from tests.models import CONFIGS, tiny
-from tests.training import collate, rows
+from tests.training import collate, rows, trainer
 
 
 def batches(size: int = 4) -> list[dict[str, torch.Tensor]]:
@@ -496,3 +497,43 @@ def test_scales_a_solver_chose_reach_the_container_in_memory_resumed_and_streame
         assert torch.equal(found, report.scales[weight.name])
         assert all(torch.equal(stored[f"{k}_packed"], streamed[f"{k}_packed"]) for k in weight.stored)
         assert all(torch.equal(stored[f"{k}_scale"], streamed[f"{k}_scale"]) for k in weight.stored)
+
+
+def test_what_transformers_does_not_load_is_not_streamed_either(tmp_path: Path) -> None:
+    """DeepSeek's multi-token prediction: a block beyond the last."""
+    tiny("deepseek_v3").save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    extra = {
+        "model.layers.61.mlp.experts.0.up_proj.weight": torch.ones(4, 4),
+        "model.layers.61.eh_proj.weight": torch.ones(2),
+    }
+    save_file(load_file(file) | extra, file, {"format": "pt"})
+    report, _ = compress_checkpoint(tmp_path / "source", tmp_path / "target", batches(), by_criterion())
+    assert report.dropped == sorted(extra)
+    assert "model.layers.61.eh_proj.weight" in report.facts()["notes"][0]
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "target", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    stored = {key for path in (tmp_path / "target").glob("*.safetensors") for key in load_file(path)}
+    assert not stored & extra.keys()
+    assert not compress_blocks(tiny("deepseek_v3"), batches(), by_criterion()).facts().get("notes")
+
+
+def test_a_model_that_is_not_whole_on_one_device_is_refused(tmp_path: Path) -> None:
+    model = tiny("llama")
+    blocks_of(model)[1].to("meta")  # as device_map leaves what it offloads
+    for work in (
+        lambda: compress_blocks(model, batches(), by_criterion()),
+        lambda: quantize(model, tmp_path / "out"),
+        lambda: trainer(model, tmp_path, [QAT(8)]),
+    ):
+        with pytest.raises(CompressError, match="several devices, or is offloaded: cpu, meta"):
+            work()
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_weights_that_are_not_finite_are_named_before_the_text_is_blamed(method: str) -> None:
+    model = tiny("llama")
+    model.model.layers[1].self_attn.o_proj.weight.data[0, 0] = torch.nan
+    solver = solvers[method](grid=Grid(4, 32))
+    with pytest.raises(CompressError, match=r"weights are not finite\s+where: model.layers.1.self_attn.o_proj.weight"):
+        compress_blocks(model, batches(), solver)

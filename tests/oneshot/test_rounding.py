@@ -11,7 +11,7 @@ from hf_compress import quantize
 from hf_compress.criteria import Statistics
 from hf_compress.errors import CompressError
 from hf_compress.grids import Grid, codes, fake_quantize, from_codes, pinned, scales, searched_scales
-from hf_compress.oneshot import compress_blocks, prune, solvers
+from hf_compress.oneshot import compress_blocks, prune, rounding, solvers
 from hf_compress.oneshot.problem import Problem, Target, problem
 from hf_compress.oneshot.rounding import coordinate_descent, obs_round, refit_scales, steps
 from hf_compress.weights import weights
@@ -128,7 +128,7 @@ def test_one_step_of_descent_is_the_best_level_of_one_weight() -> None:
     assert torch.equal(after[:, :-1], start[:, :-1])
 
 
-def test_refitted_scales_are_the_least_squares_solution() -> None:
+def test_refitted_scales_are_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     w, x, grid = matrix(), correlated(), Grid(3, 16)
     given, scale = undamped(w, x), scales(w, grid)
     levels = codes(w, scale, grid)
@@ -139,6 +139,8 @@ def test_refitted_scales_are_the_least_squares_solution() -> None:
         exact = torch.linalg.lstsq(basis.double(), (x @ w[row])[:, None].double()).solution[:, 0]
         torch.testing.assert_close(refitted[row].double(), exact, rtol=2e-3, atol=1e-5)
     torch.testing.assert_close(refitted[2, 0], scale[2, 0])
+    monkeypatch.setattr(rounding, "UNKNOWNS", 2 * 3**2)  # two rows at a time
+    torch.testing.assert_close(refit_scales(given, levels, scale), refitted)
 
 
 def test_searched_scales_are_never_worse_and_reach_to_both_sides() -> None:

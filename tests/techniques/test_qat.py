@@ -3,6 +3,7 @@ at the end."""
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,20 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
+from hf_compress import calibration
 from hf_compress.calibration import with_continuations
 from hf_compress.errors import CompressError
 from hf_compress.grids import Grid, codes
 from hf_compress.oneshot import compress_blocks, solvers
+from hf_compress.oneshot.memory import InMemory
 from hf_compress.techniques.calibrated_start import training_batches
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 from hf_compress.techniques.rounding import Rounding
-from hf_compress.trainer import QATTrainer
+from hf_compress.trainer import CompressionTrainer, QATTrainer
 from hf_compress.weights import weights
 from tests.models import tiny
 from tests.ranks import on_two_ranks
@@ -516,3 +519,78 @@ def test_qat_trainer_takes_every_field(tmp_path: Path) -> None:
         data_collator=collate,
     )
     assert (run.techniques[0].bits, run.techniques[0].method) == (3, "lsq")
+
+
+def test_an_interrupted_start_keeps_its_blocks_and_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**GPTQ, "continuations": 1}
+    whole = trainer(tiny("llama"), tmp_path / "whole", [QAT(**options)], max_steps=1)
+    whole.train()
+    assert not (tmp_path / "whole" / "qat-start").exists()
+    load = InMemory.load
+    with pytest.MonkeyPatch.context() as kill:
+        kill.setattr(InMemory, "load", lambda self, b: load(self, b) if b < 1 else (_ for _ in ()).throw(OSError))
+        with pytest.raises(OSError):
+            trainer(tiny("llama"), tmp_path / "killed", [QAT(**options)], max_steps=1).train()
+    restore, restored = InMemory.restore, []
+    monkeypatch.setattr(InMemory, "restore", lambda self, b: (restored.append(b), restore(self, b))[1])
+    monkeypatch.setattr(calibration, "write", lambda *_, **__: pytest.fail("written again"))
+    again = trainer(tiny("llama"), tmp_path / "killed", [QAT(**options)], max_steps=1)
+    again.train()
+    assert restored == [0]
+    theirs = whole.model.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["lsq", "scales"])
+def test_an_optimizer_that_is_given_trains_what_techniques_bring(method: str, tmp_path: Path) -> None:
+    def run(scheduled: bool) -> CompressionTrainer:
+        model = tiny("llama", **SMALL)
+        own = torch.optim.SGD(model.parameters(), lr=0.1)
+        rate = torch.optim.lr_scheduler.ConstantLR(own) if scheduled else None
+        qat = QAT(3, 32, method=method)
+        args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
+        return CompressionTrainer(
+            model, techniques=[qat], args=args, train_dataset=rows(), data_collator=collate, optimizers=(own, rate)
+        )
+
+    made = run(False)
+    begun = {}
+    made.add_callback(Begun(made.techniques[0], begun))
+    made.train()
+    assert any(not torch.equal(scale, begun[name]) for name, scale in made.techniques[0].scales.items())
+    with pytest.raises(CompressError, match="the scheduler that was given has no rate for them"):
+        run(True).train()
+
+
+class Begun(TrainerCallback):
+    """The scales that a run begins with."""
+
+    def __init__(self, qat: QAT, found: dict[str, torch.Tensor]) -> None:
+        self.qat, self.found = qat, found
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for rounding in self.qat._roundings:
+            scale, _ = rounding._scale(rounding.parts[0].matrix)
+            self.found |= {
+                part.name: one.detach().clone()
+                for part, one in zip(rounding.parts, scale.chunk(len(rounding.parts)), strict=True)
+            }
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_resumed(tmp_path: Path) -> None:
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    trainer(tiny("llama", **SMALL), tmp_path, [QAT(8)], **settings).train()
+    again = trainer(tiny("llama", **SMALL), tmp_path, [QAT(8)], **settings)
+    with pytest.raises(CompressError, match="no state of the optimizer"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_accelerate_launch_shards_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    run = partial(CompressionTrainer, tiny("llama", **SMALL), args=args, train_dataset=rows(), data_collator=collate)
+    monkeypatch.setenv(name, "false")
+    run()
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(CompressError, match="DeepSpeed, FSDP"):
+        run()

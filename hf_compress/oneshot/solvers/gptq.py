@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.criteria import Statistics
-from hf_compress.errors import CompressError
+from hf_compress.errors import at
 from hf_compress.grids import Grid, from_codes, pinned, scales, searched_scales
 from hf_compress.oneshot.least_squares import conjugate_gradients
 from hf_compress.oneshot.problem import Problem, Target, held_out_target, problem
@@ -61,10 +61,8 @@ def gptq(
         solved = []
         for weight, goal, right in zip(weights, wanted.split(heights), given.right.split(heights), strict=True):
             part = Problem(given.gram, right, given.norm)
-            try:
+            with at(weight.name):
                 solved.append(_one(weight.matrix, goal, part, own.get(weight.name, grid)))
-            except CompressError as error:
-                raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
         return solved
 
     def _one(matrix: Tensor, goal: Tensor, given: Problem, chosen: Grid) -> Solved:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hf_compress.criteria import Statistics
-from hf_compress.errors import CompressError
+from hf_compress.errors import CompressError, at
 from hf_compress.grids import Grid, codes, from_codes, pinned, spanning
 from hf_compress.oneshot.half_quadratic import half_quadratic
 from hf_compress.oneshot.solvers import Solved, Solver, grid_facts, solvers
@@ -40,10 +40,8 @@ def hqq(
 
     def _one(weight: Weight, chosen: Grid) -> Solved:
         matrix = weight.matrix
-        try:
+        with at(weight.name):
             first, start = spanning(matrix, chosen)
-        except CompressError as error:
-            raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
         scale, zero = half_quadratic(matrix, first, start, chosen, p=p, beta=beta, steps=steps)
         stored = chosen.stored(scale)
         level, pins = codes(matrix, stored, chosen, zero), pinned(matrix, chosen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hf_compress.criteria import Statistics
-from hf_compress.errors import CompressError
+from hf_compress.errors import at
 from hf_compress.grids import Grid, fake_quantize, spanning
 from hf_compress.oneshot.solvers import Solved, Solver, grid_facts, solvers
 from hf_compress.weights import Weight
@@ -31,8 +31,6 @@ def rtn(*, grid: Grid, grids: Mapping[str, Grid] | None = None) -> Solver:
 
 
 def _rounded(weight: Weight, grid: Grid) -> Solved:
-    try:
+    with at(weight.name):
         scale, zero = spanning(weight.matrix, grid)
         return Solved(fake_quantize(weight.matrix, grid.stored(scale), grid, zero), scale)
-    except CompressError as error:
-        raise CompressError(error.what, where=weight.name, next_step=error.next_step) from error
