@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
+
+from hf_compress.cli_env import env
+from hf_compress.terminal import console, errors
 
 if TYPE_CHECKING:
     from hf_compress.hub import Published
@@ -29,15 +31,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Make Transformers models smaller and faster: pruning, distillation and quantization, alone or together.",
 )
-env = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    help="Environments of their own, for libraries that cannot share this one: build, show, remove.",
-)
 app.add_typer(env, name="env")
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 110, highlight=False)
-errors = Console(stderr=True)
-
 LISTS = (
     "losses, criteria, solvers, backends, families, techniques, stages or recipes; or a section of a recipe: model, "
     "data, evaluate, publish, distill, qat, prune-in-training, or a stage (shrink, prune, train, cache, quantize, "
@@ -49,7 +43,6 @@ RecipeArgument = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="change the recipe: path=value, e.g. stages.distil.args.max_steps=10")
 ]
-EnvironmentArgument = Annotated[str, typer.Argument(help="its name: see `hf-compress env list`")]
 FolderArgument = Annotated[Path, typer.Argument(help="a folder that `hf-compress run` finished")]
 
 
@@ -292,45 +285,6 @@ def cache_teacher(
         say=lambda text: console.print(f"[bold]> {text}[/bold]"),
     )
     console.print(f"{bytes_of(output) / 1e6:.1f} MB: distill: {{teacher_cache: {output}, temperature: {temperature}}}")
-
-
-@env.command("add")
-def env_add(name: EnvironmentArgument) -> None:
-    """Build an environment from the pins that ship with hf_compress; the last line printed is its Python."""
-    from hf_compress.environments import add
-
-    try:
-        python = add(name, say=lambda text: errors.print(escape(text), style="dim"))
-    except KeyboardInterrupt:
-        errors.print("\ninterrupted: nothing was left half-built; run the same command again")
-        raise typer.Exit(130) from None
-    print(python)  # noqa: T201  (alone on stdout and never wrapped, for scripts)
-
-
-@env.command("list")
-def env_list() -> None:
-    """Print each environment, what it is for, and where it is when it was built."""
-    from hf_compress.environments import environments, found
-
-    for known in environments().values():
-        console.print(f"[bold]{known.name}[/bold]: {escape(known.summary)}", highlight=False)
-        console.print("  pins: " + ", ".join(known.all_pins), markup=False, highlight=False)
-        if not known.built:
-            console.print(f"  not built: {known.command} (about {known.megabytes / 1000:.1f} GB)", markup=False)
-        for one in (f for f in found() if f.name == known.name):
-            state = "stale, its pins are not ours: " if one.stale else ""
-            console.print(
-                f"  {state}{one.record['megabytes'] / 1000:.1f} GB in {one.folder}", markup=False, soft_wrap=True
-            )
-
-
-@env.command("remove")
-def env_remove(name: EnvironmentArgument) -> None:
-    """Delete an environment, those of earlier pins too."""
-    from hf_compress.environments import remove
-
-    for folder in remove(name):
-        console.print(f"removed {folder}", markup=False, soft_wrap=True)
 
 
 @app.command("list")
