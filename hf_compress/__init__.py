@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from hf_compress.techniques.distillation import Distillation
     from hf_compress.techniques.pruning import Pruning
     from hf_compress.techniques.qat import QAT
-    from hf_compress.trainer import CompressionTrainer, DistillationTrainer, PruningTrainer, QATTrainer
+    from hf_compress.trainer import CompressionTrainer
+    from hf_compress.trainers import DistillationTrainer, PruningTrainer, QATTrainer
     from hf_compress.verification import verify
 
 _HOME = {
@@ -42,9 +43,9 @@ _HOME = {
     "Pruning": "techniques.pruning",
     "QAT": "techniques.qat",
     "CompressionTrainer": "trainer",
-    "DistillationTrainer": "trainer",
-    "PruningTrainer": "trainer",
-    "QATTrainer": "trainer",
+    "DistillationTrainer": "trainers",
+    "PruningTrainer": "trainers",
+    "QATTrainer": "trainers",
 }
 __all__ = [
     "QAT",

@@ -7,7 +7,6 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from hf_compress.techniques.base import Step, Technique
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.lora import merged
 from hf_compress.techniques.own_parameters import OwnParameters
-from hf_compress.techniques.pruning import Pruning
-from hf_compress.techniques.qat import QAT
 from hf_compress.techniques.state import load_state, save_state
 from hf_compress.trainer_push import PublishingTrainer, check_arguments
 from hf_compress.weights import base_of, rounds_inputs
@@ -329,43 +326,3 @@ def _balance(student: Any, outputs: Any) -> Tensor | None:
     how evenly its own tokens use the experts. None of other models."""
     even = outputs.get("aux_loss")
     return None if even is None else student.router_aux_loss_coef * even
-
-
-class DistillationTrainer(CompressionTrainer):
-    """``DistillationTrainer(student, "org/teacher", temperature=2.0, args=..., train_dataset=...)``; takes
-    every field of `Distillation`."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        teacher_model: Any = None,
-        *,
-        techniques: Sequence[Technique] = (),
-        **others: Any,
-    ) -> None:
-        own = {field.name: others.pop(field.name) for field in fields(Distillation) if field.name in others}
-        super().__init__(model, techniques=[Distillation(teacher_model, **own), *techniques], **others)
-
-
-class PruningTrainer(CompressionTrainer):
-    """``PruningTrainer(model, sparsity=0.5, pattern="2:4", args=..., train_dataset=...)``."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        sparsity: float,
-        pattern: str = "unstructured",
-        schedule: str = "cubic",
-        techniques: Sequence[Technique] = (),
-        **others: Any,
-    ) -> None:
-        super().__init__(model, techniques=[Pruning(sparsity, pattern, schedule=schedule), *techniques], **others)
-
-
-class QATTrainer(CompressionTrainer):
-    """``QATTrainer(model, bits=4, group_size=32, args=..., train_dataset=...)``; takes every field of `QAT`."""
-
-    def __init__(self, model: nn.Module, *, techniques: Sequence[Technique] = (), **others: Any) -> None:
-        own = {field.name: others.pop(field.name) for field in fields(QAT) if field.name in others}
-        super().__init__(model, techniques=[QAT(**own), *techniques], **others)

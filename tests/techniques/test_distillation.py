@@ -14,7 +14,7 @@ from transformers import BertForMaskedLM, DataCollatorWithFlattening, HfArgument
 from hf_compress.errors import CompressError
 from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
-from hf_compress.trainer import DistillationTrainer
+from hf_compress.trainers import DistillationTrainer
 from tests.contracts.test_loss_scale import labelled, models
 from tests.models import tiny
 from tests.training import collate, rows, trainer

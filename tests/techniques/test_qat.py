@@ -25,7 +25,8 @@ from hf_compress.techniques.distillation import Distillation
 from hf_compress.techniques.pruning import Pruning
 from hf_compress.techniques.qat import QAT
 from hf_compress.techniques.rounding import Rounding
-from hf_compress.trainer import CompressionTrainer, QATTrainer
+from hf_compress.trainer import CompressionTrainer
+from hf_compress.trainers import QATTrainer
 from hf_compress.weights import weights
 from tests.models import tiny
 from tests.ranks import on_two_ranks
