@@ -132,11 +132,9 @@ def verify(
 
     here = Path(folder).exists() or folder.count("/") != 1
     if not here and (beside := Path(folder).parent).is_dir():
-        raise CompressError(
-            f"the folder {beside} holds no {Path(folder).name!r}",
-            where=folder,
-            next_step=did_you_mean(Path(folder).name, (path.name for path in beside.iterdir() if path.is_dir())),
-        )
+        hint = did_you_mean(Path(folder).name, (path.name for path in beside.iterdir() if path.is_dir()))
+        if hint.startswith("did you mean"):  # else a repository, of an owner whose name a folder here has
+            raise CompressError(f"the folder {beside} holds no {Path(folder).name!r}", where=folder, next_step=hint)
     repo = None if here else folder
     path = fetch(repo, revision=revision) if repo else Path(folder)
     for key, value in verify_folder(path)[str(path)].items():

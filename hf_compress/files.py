@@ -14,9 +14,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def stamps(place: str | Path) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of change) of a file, or of each file in a folder; [] where nothing lies there."""
+    """(name, bytes, time of change) of a file, or of each file in a folder that is not hidden (work folders are); []
+    where nothing lies there."""
     path = Path(place)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+    def shown(file: Path) -> bool:
+        return file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+
+    files = [path] if path.is_file() else sorted(filter(shown, path.rglob("*")))
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 

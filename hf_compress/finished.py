@@ -55,7 +55,11 @@ def alone(room: Path) -> Iterator[None]:
             next_step="wait for it, or choose another --output",
         ) from error
     with held:
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in room.glob("*")] == ["lock"]:  # a run that was refused leaves nothing
+                shutil.rmtree(room)
 
 
 def digest(known: Any) -> str:
@@ -69,7 +73,8 @@ def _places(known: Any) -> list[str]:
         return [place for each in known for place in _places(each)]
     if not isinstance(known, dict):
         return []
-    own = [known[key] for key in ("id", "tokenizer", "teacher_model") if isinstance(known.get(key), str)]
+    keys = ("id", "tokenizer", "teacher_model", "teacher_cache")
+    own = [known[key] for key in keys if isinstance(known.get(key), str)]
     several = [name for name in known.get("teachers") or [] if isinstance(name, str)]
     return own + several + [place for value in known.values() for place in _places(value)]
 
@@ -93,7 +98,8 @@ class Finished:
             recipe.raw["stages"][: index + 1],
             recipe.baseline if recipe.baseline in {s.name for s in named} else "source",
         ]
-        short = digest([known, [stamps(local_path(place)) for place in _places(known)]])[:12]
+        places = set(_places(known)) - {"dense", "source", *(s.name for s in recipe.stages)}
+        short = digest([known, [stamps(local_path(place)) for place in sorted(places)]])[:12]
         return Finished(room / f"{index + 1}-{named[-1].name if named else 'source'}-{short}")
 
     @property

@@ -29,7 +29,16 @@ from hf_compress.hub import Publish, Published, publish
 from hf_compress.licence import copy_texts, source_licence
 from hf_compress.planning import require_possible
 from hf_compress.recipe import NamedStage, Recipe, parse
-from hf_compress.source import ModelSource, load_meta, load_model, not_as_stored, read_config, task_of, weight_files
+from hf_compress.source import (
+    ModelSource,
+    format_of,
+    load_meta,
+    load_model,
+    not_as_stored,
+    read_config,
+    task_of,
+    weight_files,
+)
 from hf_compress.stages import Done, Work
 from hf_compress.verification import (
     EXPECTATION,
@@ -83,19 +92,17 @@ def compress(
     if recipe.publish is not None:
         recipe.publish.require_possible()
     unpublished = output.with_name(f".{output.name}.work") / _UNPUBLISHED
-    if recipe.publish is not None and output.exists() and _made_by(recipe, unpublished):
-        say("finished before")
-        return _published(recipe.publish, output, unpublished, say, check=True)
-    if output.exists() and not overwrite:
-        raise CompressError(
-            "the output folder exists", where=str(output), next_step="choose another --output, or pass --overwrite"
-        )
-    if output.exists() and not (output / FACTS).is_file() and any(output.iterdir()):
-        raise CompressError(
-            f"nothing here was made by a run (there is no {FACTS}), and --overwrite would delete it",
-            where=str(output),
-            next_step="choose another --output, or remove the folder yourself",
-        )
+
+    def only_publish() -> bool:
+        return recipe.publish is not None and output.exists() and _made_by(recipe, unpublished)
+
+    if only_publish():
+        with alone(unpublished.parent):
+            if only_publish():
+                say("finished before")
+                assert recipe.publish is not None
+                return _published(recipe.publish, output, unpublished, say, check=True)
+    _require_free(output, overwrite)
     config = read_config(recipe.model)
     task, licence = task_of(recipe.model, config), source_licence(recipe.model, recipe.license)
     require_possible(recipe)
@@ -103,7 +110,21 @@ def compress(
         if data is not None:
             peek(data, task=task)
     with alone(unpublished.parent):
+        _require_free(output, overwrite)  # another run may have finished meanwhile
         return _compress(recipe, output, unpublished, task, licence, config, command=command, say=say)
+
+
+def _require_free(output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise CompressError(
+            "the output folder exists", where=str(output), next_step="choose another --output, or pass --overwrite"
+        )
+    if output.is_file() or (output.exists() and not (output / FACTS).is_file() and any(output.iterdir())):
+        raise CompressError(
+            f"nothing here was made by a run (there is no {FACTS}), and --overwrite would delete it",
+            where=str(output),
+            next_step="choose another --output, or remove what is there yourself",
+        )
 
 
 def _compress(
@@ -135,6 +156,7 @@ def _compress(
         "base_model": recipe.model.id,
         "base_revision": getattr(config, "_commit_hash", None) or recipe.model.revision,
         "new_weights": ran.new_weights,
+        "source_format": format_of(config),
         "source_bytes": sum(file.stat().st_size for file in weight_files(recipe.model)) or None,
         "datasets": [recipe.data.id] if recipe.data else [],
         "stages": ran.records,

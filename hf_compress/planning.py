@@ -148,9 +148,16 @@ def plan(recipe: Recipe) -> list[Planned]:
 def _missing(recipe: Recipe) -> list[str]:
     """Files of data that are named and not here."""
     named = [recipe.data, *(getattr(each.stage, "extra_data", None) for each in recipe.stages)]
-    places = [local_path(data.id) for data in named if data is not None]
-    gone = [place for place in places if Path(place).suffix in READERS and not Path(place).exists()]
-    return [f"{REFUSED}there is no file {place}{NEXT}mend the data: section" for place in gone]
+    found = []
+    for data in (data for data in named if data is not None):
+        try:
+            place = local_path(data.id)
+        except CompressError as error:
+            found.append(f"{REFUSED}data: {error.what}{NEXT}{error.next_step}")
+            continue
+        if Path(place).suffix in READERS and not Path(place).exists():
+            found.append(f"{REFUSED}data: there is no file {place}{NEXT}check the path")
+    return found
 
 
 def _count(names: Collection[str]) -> str:

@@ -34,14 +34,15 @@ def write_expectation(model: PreTrainedModel, folder: Path) -> None:
     """Record in `folder` what the model in memory answers to a fixed probe, before it is ever reloaded.
 
     ``verify/expectation.safetensors``: input_ids (2, 16), attention_mask, logits; zeros.NAME, the count of exact
-    zeros of each pruned parameter; eager_experts where the experts ran one by one.
+    zeros of each pruned parameter; cuda, whether a GPU answered; eager_experts, whether experts ran one by one.
     """
     ids, mask = probe(model.config.vocab_size)
     with torch.no_grad():
         logits = model.eval()(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
     tensors = {"input_ids": ids, "attention_mask": mask, "logits": logits.float().cpu().contiguous()}
-    if family_of(model.config).experts and getattr(model.config, "_experts_implementation", "") == "eager":
-        tensors["eager_experts"] = torch.tensor(True)
+    tensors["cuda"] = torch.tensor(model.device.type == "cuda")
+    if family_of(model.config).experts is not None:
+        tensors["eager_experts"] = torch.tensor(getattr(model.config, "_experts_implementation", "") == "eager")
     for parameter, whole in {w.parameter: w.whole for w in weights(model)}.items():
         zeros = 0 if is_packed(whole) else int((whole == 0).sum())
         if zeros > 0.01 * whole.numel():
@@ -145,16 +146,16 @@ def verify_names(folder: Path) -> None:
     """
     stored = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
     if stored.get("quant_method") in (None, "compressed-tensors"):
-        _verified([folder], 0.0)
+        _verified([folder], None)
 
 
-def _verified(folders: Sequence[str | Path], tolerance: float) -> dict[str, dict[str, Any]]:
+def _verified(folders: Sequence[str | Path], tolerance: float | None) -> dict[str, dict[str, Any]]:
     report: dict[str, tuple[list[str], dict[str, Any]]] = {}
     readers = {folder: python_for(Path(folder)) for folder in folders}
     for python in dict.fromkeys(readers.values()):
         report |= _examined(python, [str(folder) for folder in folders if readers[folder] == python], tolerance)
     for folder, (found, facts) in report.items():
-        if tolerance and (Path(folder) / "openvino").is_dir():
+        if tolerance is not None and (Path(folder) / "openvino").is_dir():
             facts["openvino_difference"] = reopened("openvino", Path(folder) / "openvino")
             if not facts["openvino_difference"] <= tolerance:
                 found.append(f"openvino differs by {facts['openvino_difference']:.1e} from what was exported")
@@ -168,10 +169,12 @@ def _verified(folders: Sequence[str | Path], tolerance: float) -> dict[str, dict
     return {folder: facts for folder, (_, facts) in report.items()}
 
 
-def _examined(python: Path, folders: list[str], tolerance: float) -> dict[str, tuple[list[str], dict[str, Any]]]:
+def _examined(
+    python: Path, folders: list[str], tolerance: float | None
+) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """What reload_check.py finds: folder -> (problems, facts)."""
     done = subprocess.run(
-        [str(python), "-P", str(_CHILD), str(tolerance), *folders],
+        [str(python), "-P", str(_CHILD), "names" if tolerance is None else str(tolerance), *folders],
         capture_output=True,
         text=True,
         env=None if python == Path(sys.executable) else clean_environment(),

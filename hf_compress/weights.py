@@ -121,7 +121,7 @@ def require_one_device(model: nn.Module, *, where: str) -> None:
         raise CompressError(
             "the model lies on several devices, or is offloaded: " + ", ".join(sorted(map(str, places))),
             where=where,
-            next_step='load it with device_map={"": 0} or without device_map; where it fits on none, a recipe with '
+            next_step='load it with device_map="cuda" or without device_map; where it fits on none, a recipe with '
             "streaming: true reads it block by block",
         )
 

@@ -12,7 +12,7 @@ from hf_compress.evaluation import Evaluate, evaluate
 from hf_compress.evaluation.artefacts import open_folder
 from hf_compress.evaluation.cost import cpu_name, paired_latency, parameter_counts, sparsity
 from hf_compress.evaluation.quality import paired_difference
-from hf_compress.verification import verify
+from hf_compress.verification import verify, write_expectation
 from hf_compress.weights import weights
 from tests.models import tiny
 from tests.training import WORDS, save_reviews, save_tokenizer
@@ -94,3 +94,10 @@ def test_sparsity_counts_zeros() -> None:
     for weight in weights(model):
         weight.matrix[:, ::4] = 0
     assert sparsity(model) == 0.25
+
+
+def test_equal_answers_are_asked_for_by_a_tolerance_of_0(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "out")
+    write_expectation(tiny("llama", seed=1), tmp_path / "out")
+    with pytest.raises(CompressError, match="logits differ"):
+        verify(tmp_path / "out", tolerance=0)

@@ -189,10 +189,10 @@ def _as_encoded(model: PreTrainedModel, scales: Mapping[str, Tensor], points: Gr
     try:
         for weight in (w for w in weights(model) if w.name in scales):
             scale = scales[weight.name]
-            stored = points.stored(scale)
-            if not torch.equal(stored, scale):
+            encoded = from_codes(codes(weight.matrix, points.stored(scale), points), scale).to(weight.matrix.dtype)
+            if not torch.equal(encoded, weight.matrix):
                 kept.append((weight, weight.matrix.clone()))
-                weight.matrix.copy_(from_codes(codes(weight.matrix, stored, points), scale))
+                weight.matrix.copy_(encoded)
         yield
     finally:
         for weight, before in kept:

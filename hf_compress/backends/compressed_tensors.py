@@ -78,8 +78,8 @@ def check(
 
 
 MIXED = (
-    "its layers have different bits, and transformers' dequantize=True reads all with those of one, which gives wrong "
-    "answers"
+    "layers stand on different grids, which transformers' dequantize=True does not know: it ends in an error, or in "
+    "wrong answers"
 )
 
 

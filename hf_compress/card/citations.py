@@ -30,7 +30,8 @@ def papers(facts: dict[str, Any]) -> dict[str, str]:
         named = set(_words(options)) | set(_words(stage["facts"])) | {stage["quantized"]}
         for registry in _KINDS.get(stage["kind"], ()):
             found |= {entry.name: entry.paper for entry in registry if entry.name in named and entry.paper}
-        four_bits = stage["quantized"] == "bitsandbytes" and (options.get("quantize") or {}).get("bits") == 4
+        own = options.get("quantize") if isinstance(options, dict) else None  # a stage may be its kind alone
+        four_bits = stage["quantized"] == "bitsandbytes" and (own or {}).get("bits") == 4
         found |= {"nf4": NF4} if four_bits or "nf4" in named else {}
         method = stage["facts"].get("techniques", {}).get("QAT", {}).get("method")
         found |= {method: METHODS[method].paper} if method in METHODS else {}

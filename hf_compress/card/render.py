@@ -43,7 +43,7 @@ def render_card(facts: dict[str, Any], *, repo: str | None = None, plots: Collec
         "line": one_line,
         "url": quote,
     }
-    facts = {"in_progress": None, "new_weights": []} | facts
+    facts = {"in_progress": None, "new_weights": [], "source_format": None} | facts
     template = environment.from_string((Path(__file__).parent / "template.md").read_text())
     recipe = dump_recipe(facts)
     card = template.render(

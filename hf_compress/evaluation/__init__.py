@@ -18,7 +18,7 @@ from hf_compress.errors import CompressError, did_you_mean
 from hf_compress.evaluation.artefacts import Artefact, open_elsewhere, open_folder, open_onnx
 from hf_compress.evaluation.cost import machine_facts, memory_after_forward, paired_latency, parameter_counts, sparsity
 from hf_compress.evaluation.quality import quality
-from hf_compress.source import ModelSource, task_of
+from hf_compress.source import ModelSource, task_of, weight_files
 
 METRICS = ("quality", "kl", "size", "latency", "memory", "sparsity")
 
@@ -94,8 +94,30 @@ def _tokenizer(*places: str | Path) -> PreTrainedTokenizerBase:
     )
 
 
+def _device(folder: Path, dense: str, spec: Evaluate) -> str:
+    """One for all that is compared: the GPU where it holds both models, unpacked, and no copy for a runtime of the CPU
+    stands beside them."""
+    elsewhere = spec.compare_plain_onnx or (folder / "onnx").is_dir() or (folder / "openvino").is_dir()
+    if elsewhere or not torch.cuda.is_available():
+        return "cpu"
+    need = sum(file.stat().st_size for file in weight_files(ModelSource(id=dense)))
+    return "cuda" if torch.cuda.mem_get_info()[0] > 2.5 * need else "cpu"
+
+
 def _measure(folder: Path, dense: str, spec: Evaluate, data: Data | None, task: str, seed: int) -> dict[str, Any]:
-    artefacts = [open_folder("dense", dense, task), open_folder("root", str(folder), task)]
+    device = _device(folder, dense, spec)
+    facts = _compared(folder, dense, spec, data, task, seed, device)
+    if "memory" in spec.metrics:  # once nothing of this process is in the way
+        for name, place in (("dense", dense), ("root", str(folder))):
+            facts["artefacts"][name]["memory_mb"] = memory_after_forward(place, task, spec.length, device)
+    facts["settings"]["device"] = device
+    return facts
+
+
+def _compared(
+    folder: Path, dense: str, spec: Evaluate, data: Data | None, task: str, seed: int, device: str
+) -> dict[str, Any]:
+    artefacts = [open_folder("dense", dense, task, device), open_folder("root", str(folder), task, device)]
     files = sorted((folder / "onnx").glob("*.onnx"))
     artefacts += [open_onnx("onnx", files[0])] if files else []
     artefacts += (
@@ -168,8 +190,4 @@ def _measured(
                 each[name].setdefault("latency", {})[str(size)] = found | {
                     "rows_per_second": size / found["wall_ms"]["median"] * 1e3
                 }
-    if "memory" in spec.metrics:
-        each["dense"]["memory_mb"], each["root"]["memory_mb"] = (
-            memory_after_forward(f, task, spec.length) for f in (dense, str(folder))
-        )
     return facts

@@ -36,15 +36,14 @@ class Artefact:
     close: Callable[[], None] = lambda: None
 
 
-def open_folder(name: str, folder: str, task: str) -> Artefact:
-    """A checkpoint through plain from_pretrained, in eval mode, on the first GPU where there is one (bitsandbytes
-    goes there by itself, and would be timed against a dense model on the CPU); in the environment of its library
-    where it needs one."""
+def open_folder(name: str, folder: str, task: str, device: str = "cpu") -> Artefact:
+    """A checkpoint through plain from_pretrained, in eval mode, on `device`; in the environment of its library where
+    it needs one."""
     if Path(folder).is_dir() and python_for(Path(folder)) != Path(sys.executable):
         return open_elsewhere(name, "gptq", Path(folder))
     options: dict[str, Any] = dict(expert_options(transformers.AutoConfig.from_pretrained(folder)))
-    if torch.cuda.is_available():
-        options["device_map"] = {"": 0}
+    if torch.cuda.is_available():  # else bitsandbytes would go to the GPU by itself, and nothing else
+        options["device_map"] = {"": device}
     model: PreTrainedModel = getattr(transformers, TASKS[task]).from_pretrained(folder, **options).eval()
     disable_cpu_packing(model)
 

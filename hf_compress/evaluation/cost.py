@@ -103,7 +103,7 @@ def sparsity(model: PreTrainedModel) -> float | None:
     return sum(int((w.matrix == 0).sum()) for w in found) / sum(w.shape[0] * w.shape[1] for w in found)
 
 
-def memory_after_forward(folder: str, task: str, length: int) -> float:
+def memory_after_forward(folder: str, task: str, length: int, device: str = "cpu") -> float:
     """MiB that a fresh process holds more after plain from_pretrained and one forward than before it: resident memory,
     or, of a model on a GPU, memory allocated there. Weights that are mapped from their file count, since the forward
     needs them in memory."""
@@ -111,15 +111,16 @@ def memory_after_forward(folder: str, task: str, length: int) -> float:
         "import gc, sys, psutil, torch, transformers\n"
         "transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()\n"
         "auto = getattr(transformers, sys.argv[2]); rss = lambda: psutil.Process().memory_info().rss\n"
-        "place = {'device_map': {'': 0}} if torch.cuda.is_available() else {}\n"
+        "gpu = sys.argv[4] != 'cpu'\n"
+        "place = {'device_map': {'': sys.argv[4]}} if torch.cuda.is_available() else {}\n"
         "before = rss()\nmodel = auto.from_pretrained(sys.argv[1], **place).eval()\n"
         "with torch.no_grad(): model(input_ids=torch.full((1, int(sys.argv[3])), 7, device=model.device))\n"
-        "gc.collect(); held = torch.cuda.memory_allocated() if place else rss() - before\n"
+        "gc.collect(); held = torch.cuda.memory_allocated() if gpu else rss() - before\n"
         "print('MB', held / 2**20)\n"
     )
     python = python_for(Path(folder)) if Path(folder).is_dir() else Path(sys.executable)
     done = subprocess.run(
-        [str(python), "-c", code, folder, TASKS[task], str(length)],
+        [str(python), "-c", code, folder, TASKS[task], str(length), device],
         capture_output=True,
         text=True,
         env=None if python == Path(sys.executable) else clean_environment(),

@@ -98,7 +98,7 @@ class OneshotReport:
     def _note(self) -> str:
         return (
             f"{len(self.dropped)} tensors of the source, such as {self.dropped[0]}, are not here: transformers does "
-            "not load them either (multi-token prediction)"
+            "not load them either"
         )
 
 

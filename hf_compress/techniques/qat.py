@@ -229,8 +229,15 @@ class QAT(Technique):
     def _kept_start(self) -> Path | None:
         """Where blocks that gptq has rounded wait for the run's first checkpoint, so that an interruption before it
         loses none; None where they are of weights that trained before, or of several ranks."""
-        alone = not torch.distributed.is_initialized()
-        return Path(self._trainer.args.output_dir) / "qat-start" if alone and self.begin == 0 else None
+        kept = self.start == "gptq" and self.begin == 0 and not torch.distributed.is_initialized()
+        return Path(self._trainer.args.output_dir) / "_qat-start" if kept else None
+
+    def _forget_start(self) -> None:
+        if self._kept_start is not None:
+            shutil.rmtree(self._kept_start, ignore_errors=True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._forget_start()
 
     def prepare(self, trainer: CompressionTrainer) -> None:
         check_teacher(trainer.techniques, self._weights, self._adapted, where="qat")
@@ -312,8 +319,7 @@ class QAT(Technique):
 
     @torch.no_grad()
     def finalize(self, model: nn.Module) -> None:
-        if self._kept_start is not None:
-            shutil.rmtree(self._kept_start, ignore_errors=True)
+        self._forget_start()
         for hook in self._hooks:
             hook.remove()
         if self._inputs is not None:

@@ -69,6 +69,10 @@ class Rounding:
                 scale, self._kept["zero"] = spanning(rows, self.grid)  # type: ignore[assignment]
             else:
                 scale = first_scales(rows, self.grid) if self._start == "mean" else searched_scales(rows, self.grid)
+            least = torch.finfo(scale.dtype).smallest_normal
+            scale = torch.where(
+                scale.abs() > least, scale, torch.ones_like(scale)
+            )  # of zeros: it must be able to grow
             self.theta.copy_(scale.float().abs().log())
             self._kept["sign"] = scale.float().sign()
         if self._fixed:

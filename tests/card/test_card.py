@@ -303,7 +303,7 @@ def test_limits_say_what_makes_the_figures_mean_less() -> None:
     facts = read_facts(ROOT / "quickstart")
     limits = lambda: render_card(facts).partition("## Limits")[2]  # noqa: E731
     facts["new_weights"] = ["classifier.weight"]
-    facts["recipe"]["model"]["dequantize"] = True
+    facts["source_format"] = "fp8"
     assert "classifier.weight" not in limits()  # trained since
     assert "what its own rounding lost stays lost" in limits()
     facts["stages"] = [stage for stage in facts["stages"] if stage["kind"] != "train"]
@@ -321,3 +321,5 @@ def test_nf4_is_cited_where_weights_are_stored_in_it() -> None:
     assert "QLoRA" not in bibtex(facts)
     facts["recipe"]["stages"][0]["quantize"]["bits"] = 4
     assert "dettmers2023qlora" in bibtex(facts)
+    facts["recipe"]["stages"] = ["quantize"]  # its kind alone: all defaults
+    assert "QLoRA" not in bibtex(facts)

@@ -227,6 +227,17 @@ def test_scales_neither_vanish_nor_change_sign(tmp_path: Path) -> None:
         assert (scale != 0).all()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int"])
+def test_a_group_that_begins_at_zero_can_grow(kind: str) -> None:
+    model = tiny("llama", **SMALL)
+    (weight, *_) = weights(model)
+    weight.matrix[:, :64] = 0
+    rounding = Rounding([weight], Grid(4, 64, kind), learn=True)
+    rounding.begin(weight.whole)
+    assert rounding.theta is not None
+    assert bool((rounding.theta > -20).all())
+
+
 def test_learned_scales_train_at_a_rate_of_their_own_without_decay(tmp_path: Path) -> None:
     run = trainer(tiny("llama", **SMALL), tmp_path, [QAT(4, method="lsq")], learning_rate=1e-3, weight_decay=0.1)
     group = run.create_optimizer().param_groups[-1]
@@ -525,8 +536,11 @@ def test_qat_trainer_takes_every_field(tmp_path: Path) -> None:
 def test_an_interrupted_start_keeps_its_blocks_and_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**GPTQ, "continuations": 1}
     whole = trainer(tiny("llama"), tmp_path / "whole", [QAT(**options)], max_steps=1)
+    (tmp_path / "whole" / "_qat-start").mkdir(parents=True)
+    trainer(tiny("llama"), tmp_path / "whole", [QAT(8)], max_steps=1).train()
+    assert (tmp_path / "whole" / "_qat-start").exists()  # of no run that starts from gptq
     whole.train()
-    assert not (tmp_path / "whole" / "qat-start").exists()
+    assert not (tmp_path / "whole" / "_qat-start").exists()
     load = InMemory.load
     with pytest.MonkeyPatch.context() as kill:
         kill.setattr(InMemory, "load", lambda self, b: load(self, b) if b < 1 else (_ for _ in ()).throw(OSError))
