@@ -69,10 +69,8 @@ class Rounding:
                 scale, self._kept["zero"] = spanning(rows, self.grid)  # type: ignore[assignment]
             else:
                 scale = first_scales(rows, self.grid) if self._start == "mean" else searched_scales(rows, self.grid)
-            least = torch.finfo(scale.dtype).smallest_normal
-            scale = torch.where(
-                scale.abs() > least, scale, torch.ones_like(scale)
-            )  # of zeros: it must be able to grow
+            zeros = scale.abs() <= torch.finfo(scale.dtype).smallest_normal  # groups that must be able to grow
+            scale = scale.masked_fill(zeros, 1.0)
             self.theta.copy_(scale.float().abs().log())
             self._kept["sign"] = scale.float().sign()
         if self._fixed:

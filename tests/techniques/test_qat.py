@@ -232,7 +232,7 @@ def test_a_group_that_begins_at_zero_can_grow(kind: str) -> None:
     model = tiny("llama", **SMALL)
     (weight, *_) = weights(model)
     weight.matrix[:, :64] = 0
-    rounding = Rounding([weight], Grid(4, 64, kind), learn=True)
+    rounding = Rounding([weight], QAT(4, 64, kind=kind).grid, learn=True)
     rounding.begin(weight.whole)
     assert rounding.theta is not None
     assert bool((rounding.theta > -20).all())
