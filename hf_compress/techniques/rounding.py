@@ -69,7 +69,7 @@ class Rounding:
                 scale, self._kept["zero"] = spanning(rows, self.grid)  # type: ignore[assignment]
             else:
                 scale = first_scales(rows, self.grid) if self._start == "mean" else searched_scales(rows, self.grid)
-            zeros = scale.abs() <= torch.finfo(scale.dtype).smallest_normal  # groups that must be able to grow
+            zeros = (self.grid.groups(rows) == 0).all(-1)  # they must be able to grow
             scale = scale.masked_fill(zeros, 1.0)
             self.theta.copy_(scale.float().abs().log())
             self._kept["sign"] = scale.float().sign()
