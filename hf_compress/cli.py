@@ -55,6 +55,7 @@ def run(
 ) -> None:
     """Run a recipe: stages, measurements, verification, card, and the Hub where it has a `publish:` section.
     Interrupted? The same command goes on where it stopped."""
+    from hf_compress.finished import work_folder
     from hf_compress.pipeline import compress
     from hf_compress.recipe import load
 
@@ -67,7 +68,7 @@ def run(
             say=lambda text: console.print(f"[bold]> {text}[/bold]"),
         )
     except KeyboardInterrupt:  # caught here, since typer would end without a word
-        errors.print(f"\ninterrupted: run the same command again to go on (work so far: {_work(output)})")
+        errors.print(f"\ninterrupted: run the same command again to go on (work so far: {work_folder(output)})")
         raise typer.Exit(130) from None
     _show(result.facts)
     console.print(f"\ncard: {result.folder / 'README.md'}")
@@ -309,10 +310,6 @@ def list_(
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-
-
-def _work(output: Path) -> Path:
-    return output.with_name(f".{output.name}.work")
 
 
 def _show(facts: dict[str, object]) -> None:

@@ -91,8 +91,9 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, *, task: str) -> Pre
     """Read, filter, split and tokenize.
 
     Raises:
-        CompressError: missing file, split or column; nothing left after the filter; labels or a chat template missing;
-        a chat template that rewrites earlier turns, when only completions are learned.
+        CompressError: missing file, split or column; nothing left after the filter; too few rows to hold some out;
+        empty cells; packing without an end-of-text token; labels or a chat template missing; a chat template that
+        rewrites earlier turns, when only completions are learned.
     """
     _check(data, tokenizer, task)
     train = _filtered(_read(data, data.split), data, task)

@@ -27,6 +27,11 @@ from hf_compress.stages import Done
 from hf_compress.verification import write_expectation
 
 
+def work_folder(output: Path) -> Path:
+    """Where a run works until `output` is finished: beside it, hidden."""
+    return output.with_name(f".{output.name}.work")
+
+
 def require_one_process() -> None:
     """Raise a CompressError in each of several ranks: they would work in one folder."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))

@@ -24,7 +24,7 @@ from hf_compress.errors import CompressError
 from hf_compress.evaluation import evaluate
 from hf_compress.evaluation.cost import machine_facts
 from hf_compress.files import write_whole
-from hf_compress.finished import Finished, alone, digest, require_one_process
+from hf_compress.finished import Finished, alone, digest, require_one_process, work_folder
 from hf_compress.hub import Publish, Published, publish
 from hf_compress.licence import copy_texts, source_licence
 from hf_compress.planning import require_possible
@@ -84,14 +84,15 @@ def compress(
     folder that did not reach the Hub is only published.
 
     Raises:
-        CompressError: the output exists; it is to be published and nobody is logged in; whatever a stage, the
-        evaluation, `verify` or `publish` finds wrong.
+        CompressError: the output exists, or, with `overwrite`, was made by no run; another run is at work on it, or
+        this is one of several ranks; it is to be published and nobody is logged in; whatever a stage, the evaluation,
+        `verify` or `publish` finds wrong.
     """
     require_one_process()
     output = Path(output).absolute()
     if recipe.publish is not None:
         recipe.publish.require_possible()
-    unpublished = output.with_name(f".{output.name}.work") / _UNPUBLISHED
+    unpublished = work_folder(output) / _UNPUBLISHED
 
     def only_publish() -> bool:
         return recipe.publish is not None and output.exists() and _made_by(recipe, unpublished)

@@ -64,7 +64,8 @@ def evaluate(
     differences are paired on the same examples with a 95% bootstrap interval; latencies are interleaved in one process
     and compared round by round (of 4-bit bitsandbytes as it computes on this CPU: "repacked" where its kernel for
     AVX512-BF16 does, while quality is that of the stored codes); memory is what a fresh process holds more after
-    loading and one forward.
+    loading and one forward. settings.device: cuda where a GPU holds both models and no copy for a runtime of the CPU
+    stands beside them, else cpu.
 
     Raises:
         CompressError: quality without data; logits that are not finite.

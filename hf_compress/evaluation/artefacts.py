@@ -37,8 +37,8 @@ class Artefact:
 
 
 def open_folder(name: str, folder: str, task: str, device: str = "cpu") -> Artefact:
-    """A checkpoint through plain from_pretrained, in eval mode, on `device`; in the environment of its library where
-    it needs one."""
+    """A checkpoint through plain from_pretrained, in eval mode, on `device` (cpu, or cuda, the first GPU); in the
+    environment of its library where it needs one."""
     if Path(folder).is_dir() and python_for(Path(folder)) != Path(sys.executable):
         return open_elsewhere(name, "gptq", Path(folder))
     options: dict[str, Any] = dict(expert_options(transformers.AutoConfig.from_pretrained(folder)))

@@ -104,9 +104,13 @@ def sparsity(model: PreTrainedModel) -> float | None:
 
 
 def memory_after_forward(folder: str, task: str, length: int, device: str = "cpu") -> float:
-    """MiB that a fresh process holds more after plain from_pretrained and one forward than before it: resident memory,
-    or, of a model on a GPU, memory allocated there. Weights that are mapped from their file count, since the forward
-    needs them in memory."""
+    """MiB that a fresh process holds more after plain from_pretrained and one forward of `length` tokens than before
+    it: resident memory, or, with `device` cuda, what is allocated there. Weights that are mapped from their file
+    count, since the forward needs them in memory.
+
+    Raises:
+        CompressError: the process died.
+    """
     code = (
         "import gc, sys, psutil, torch, transformers\n"
         "transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()\n"
